@@ -86,32 +86,37 @@ class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
 
 
-def is_number(value, low, high=math.inf, kinds=(int, float)):
-    return type(value) in kinds and math.isfinite(value) and low <= value <= high
+def whole(value, low, high=math.inf):
+    return type(value) is int and low <= value <= high
 
 
-def is_layers(value):
-    numbers = isinstance(value, (tuple, list)) and all(is_number(v, 0, kinds=[int]) for v in value)
-    return len(value) == NUM_LAYERS if numbers else isinstance(value, str) and value in INIT
+def number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
-TEXT = lambda value: isinstance(value, str) and value.strip() != "", "a text"
-TEXT_OR_NONE = lambda value: value is None or TEXT[0](value), "a text or None"
-COUNT = lambda value: is_number(value, 1, kinds=[int]), "a whole number from 1"
-POSITIVE = lambda value: is_number(value, 0) and value > 0, "a number above 0"
-ACCEPTED = {  # setting → its test, and in words what is accepted
-    **dict.fromkeys(["TEACHER", "DATA", "TEXT_COLUMN", "LABEL_COLUMN", "OUTPUT", "CACHE", "REPORT_TO"], TEXT),
-    **dict.fromkeys(["TEACHER_BASE", "TOKENIZER", "TEXT_PAIR_COLUMN"], TEXT_OR_NONE),
-    **dict.fromkeys(["TEACHER_EPOCHS", "NUM_LAYERS", "EPOCHS", "PATIENCE", "BATCH_SIZE"], COUNT),
-    **dict.fromkeys(["TEACHER_LEARNING_RATE", "LEARNING_RATE", "TEMPERATURE", "MAX_GRAD_NORM"], POSITIVE),
-    **dict.fromkeys(["WARMUP_STEPS", "WEIGHT_DECAY"], (lambda value: is_number(value, 0), "a number from 0")),
-    "MAX_LENGTH": (lambda value: is_number(value, 4, kinds=[int]), "a whole number from 4"),
-    "SEED": (lambda value: is_number(value, 0, 2**31, kinds=[int]), "a whole number from 0 to 2147483648"),
-    "ALPHA": (lambda value: is_number(value, 0, 1), "a number from 0 to 1"),
-    "SCHEDULE": (lambda value: value in ("linear", "constant"), '"linear" or "constant"'),
-    "STUDENT_INIT": (lambda value: value in ("teacher", "random"), '"teacher" or "random"'),
-    "INIT_LAYERS": (is_layers, '"first", "last", "spread" or NUM_LAYERS numbers such as (0, 11)'),
-}
+def text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def layers(value):
+    chosen = isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS and all(whole(one, 0) for one in value)
+    return chosen or isinstance(value, str) and value in INIT
+
+
+ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
+    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN OUTPUT CACHE REPORT_TO", "a text", text),
+    ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN", "a text or None", lambda value: value is None or text(value)),
+    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE", "a whole number from 1", lambda value: whole(value, 1)),
+    ("TEACHER_LEARNING_RATE LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0",
+     lambda value: number(value) and value > 0),
+    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", lambda value: number(value) and value >= 0),
+    ("MAX_LENGTH", "a whole number from 4", lambda value: whole(value, 4)),
+    ("SEED", "a whole number from 0 to 2147483648", lambda value: whole(value, 0, 2**31)),
+    ("ALPHA", "a number from 0 to 1", lambda value: number(value) and 0 <= value <= 1),
+    ("SCHEDULE", '"linear" or "constant"', lambda value: value in ("linear", "constant")),
+    ("STUDENT_INIT", '"teacher" or "random"', lambda value: value in ("teacher", "random")),
+    ("INIT_LAYERS", '"first", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', layers),
+] for name in names.split()}
 
 
 @contextlib.contextmanager
@@ -137,30 +142,29 @@ def read_command_line(argv):
         elif (setting := re.match(r"([A-Z_]+) = .+?(?:  # (.*))?$", line)) and setting[1] in ACCEPTED:
             group.add_argument("--" + setting[1].lower().replace("_", "-"), default=argparse.SUPPRESS, metavar="…",
                                help=f"{setting[2] or ''} [{globals()[setting[1]]}]".replace("%", "%%"))
-    for name, text in vars(parser.parse_args(argv)).items():
-        value, fits = text, ACCEPTED[name.upper()][0]
+    for name, given in vars(parser.parse_args(argv)).items():
+        value, accepts = given, ACCEPTED[name.upper()][0]
         with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(text)
-        globals()[name.upper()] = text if fits(text) and not fits(value) else value
+            value = ast.literal_eval(given)
+        globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
 
 
 def check_settings():
     """Find every fault of the settings, and outputs that cannot be written, before anything slow begins."""
     faults = [f"{name} = {globals()[name]!r}: must be {words}"
-              for name, (fits, words) in ACCEPTED.items() if not fits(globals()[name])]
-    output = Path(OUTPUT) if not faults else None
-    if output and output.resolve() in [Path(other).resolve() for other in (TEACHER, DATA, CACHE)]:
-        faults.append(f"OUTPUT = {OUTPUT!r}: must not be the folder of TEACHER, DATA or CACHE")
-    elif output and output.exists() and not (output / "report.json").exists() and not (
-            output.is_dir() and not os.listdir(output)):
-        faults.append(f"OUTPUT = {OUTPUT!r}: exists, was not written by distill.py and is not overwritten; choose "
-                      "another name, or move it away")
-    for name, folder in (("OUTPUT", output.absolute().parent), ("CACHE", Path(CACHE))) if output else ():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); choose another folder")
+              for name, (accepts, words) in ACCEPTED.items() if not accepts(globals()[name])]
+    if not faults:
+        output = Path(OUTPUT)
+        if output.resolve() in [Path(other).resolve() for other in (TEACHER, DATA, CACHE)]:
+            faults.append(f"OUTPUT = {OUTPUT!r}: must not be the folder of TEACHER, DATA or CACHE")
+        elif output.is_file() or output.is_dir() and any(output.iterdir()) and not (output / "report.json").exists():
+            faults.append(f"OUTPUT = {OUTPUT!r}: was not written by distill.py and is not overwritten; name another")
+        for name, folder in ("OUTPUT", output.absolute().parent), ("CACHE", Path(CACHE)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
 
@@ -182,29 +186,32 @@ def save_whole(path, content):
 
 def load_whole(path):
     """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
-    if not os.path.isfile(path):
-        return None
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes() if os.path.isfile(path) else None
     try:
-        if hashlib.sha256(content[32:]).digest() != content[:32]:
-            raise ValueError("checksum")
-        return torch.load(io.BytesIO(content[32:]), weights_only=True)
-    except Exception:
+        if content and hashlib.sha256(content[32:]).digest() == content[:32]:
+            return torch.load(io.BytesIO(content[32:]), weights_only=True)
+    except Exception:  # a pickle of something else, with the right checksum
+        pass
+    if content is not None:
         say("note", f"{path} is damaged: it is not used, and made anew")
 
 
-def replace_folder(new, folder):
-    """Put the finished folder `new` in the place of `folder`, of which a whole version exists at any moment."""
-    old = Path(f"{folder}.old")
-    if folder.exists():
+def save_folder(folder, model, tokenizer, more=lambda new: None):
+    """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
+    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    more(new)
+    if os.path.exists(folder):
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
+        os.rename(folder, old)
+    os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(*parts):
-    """A short name for contents: bytes, text or plain values."""
+    """A short name for contents: bytes, or values by their repr."""
     state = hashlib.sha256()
     for part in parts:
         state.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass"))
@@ -217,8 +224,8 @@ def model_digest(model):
     return digest(config, *(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values()))
 
 
-def say(stage, text):
-    print(f"{stage:<9} {text}", flush=True)
+def say(stage, message):
+    print(f"{stage:<9} {message}", flush=True)
 
 
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,15 +243,15 @@ def text_columns():
 def read_file(path):
     """One file as a Dataset whose rows stay on disk. UTF-8 with or without BOM, or CP932 (Japanese Excel)."""
     kind, options = path.suffix.lower(), {}
-    if READERS.get(kind) == "csv":  # texts such as NA and labels such as 01 stay as they are written
+    if kind in (".csv", ".tsv"):  # texts such as NA and labels such as 01 stay as they are written
         options = dict(sep="\t" if kind == ".tsv" else ",", keep_default_na=False,
                        converters=dict.fromkeys([*text_columns(), LABEL_COLUMN], str))
     with explain(f"{path}: cannot be read", f"Accepted are {', '.join(READERS)}, with rows, in UTF-8 or CP932"):
         if kind != ".parquet":
-            options["encoding"] = "utf-8-sig"
             try:
+                options["encoding"] = "utf-8-sig"
                 with open(path, encoding="utf-8") as file:
-                    any(line is None for line in file)
+                    sum(1 for _ in file)
             except UnicodeDecodeError:
                 options["encoding"] = "cp932"
                 say("data", f"{path} is not UTF-8: it is read as CP932 (Shift_JIS)")
@@ -253,26 +260,26 @@ def read_file(path):
 
 
 def read_splits():
-    """DATA as a dict of its splits train, val and test, rows as they come; or {"all": …} for a single set."""
+    """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
     path = Path(DATA)
     if DATA == "tests/sample" and not path.exists():  # started from another folder
         path = Path(__file__).resolve().parent / DATA
     if path.is_file():
         return {"all": read_file(path)}
-    if path.is_dir() and not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-        files = {file.stem.lower(): file for file in sorted(path.iterdir()) if file.suffix.lower() in READERS}
-        found = {stem: read_file(file) for stem, file in files.items() if stem in sum(SPLITS.values(), [])}
+    if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
+        found = {file.stem.lower(): read_file(file) for file in sorted(path.iterdir())
+                 if file.suffix.lower() in READERS and file.stem.lower() in sum(SPLITS.values(), [])}
     else:
         with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
                      f"val and test files ({', '.join(READERS)}), a single file, or a hub data set"):
             found = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
         if not isinstance(found, dict) or len(found) == 1:
             return {"all": found if not isinstance(found, dict) else next(iter(found.values()))}
-    chosen = {split: next((name for name in names if name in found), None) for split, names in SPLITS.items()}
-    if missing := [" or ".join(SPLITS[split]) for split, name in chosen.items() if name is None]:
+    splits = {split: found[name] for split, names in SPLITS.items() for name in names if name in found}
+    if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
         raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add it "
                       f"({', '.join(READERS)}), or set DATA to one single file, which is cut into the three.")
-    return {split: found[name] for split, name in chosen.items()}
+    return splits
 
 
 def label_names(splits):
@@ -552,7 +559,7 @@ class CustomTrainer(Trainer):
         return longest_first(test_dataset, self.args.eval_batch_size, self.data_collator)
 
 
-def make_trainer(model, data, collate_fn, epochs, learning_rate):
+def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
     """A CustomTrainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
     with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install that tracker, or set "none"'):
         args = TrainingArguments(
@@ -562,7 +569,7 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate):
             save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
             remove_unused_columns=False, dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True, log_level="error")
         trainer = CustomTrainer(model=model, args=args, data_collator=collate_fn, train_dataset=data["train"],
-                                eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(PATIENCE)])
+                                eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(patience)])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -570,11 +577,12 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate):
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(trainer, checkpoint):
+def train(trainer, checkpoint, use_what_is_there=True):
     """The epoch loop: returns the history, a dict per epoch, and leaves the best epoch's weights in trainer.model.
 
     The file `checkpoint` holds after each epoch what is needed to go on. Random numbers are drawn anew from SEED
-    in each epoch, so that a run which was stopped ends bit for bit like one which was not.
+    in each epoch, so that a run which was stopped ends bit for bit like one which was not. Ctrl-C ends training
+    in good order, with the best epoch so far; it is passed on if there is none, or without use_what_is_there.
     """
     model, args, callbacks = trainer.model, trainer.args, trainer.callback_handler
     epochs = int(args.num_train_epochs)
@@ -604,7 +612,7 @@ def train(trainer, checkpoint):
         if trainer.control.should_training_stop:
             say("training", f"stopped early: no lower validation loss for {PATIENCE} epochs")
     except KeyboardInterrupt:
-        if not now["history"]:
+        if not now["history"] or not use_what_is_there:
             raise
         say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
     callbacks.on_train_end(args, trainer.state, trainer.control)
@@ -713,16 +721,14 @@ def public(value):
 
 def table(report):
     """The report as text."""
-    lines = [f"{'':<8}{'parameters':>12}{'MB':>7}  {'split':<6}{'accuracy':>9}{'macro F1':>9}{'agreement':>10}{'seconds':>9}"
-             f"{'texts/s':>9}"]
+    lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
     for role in ("teacher", "student"):
-        head = f"{role:<8}{report[role]['parameters']:>12,}{report[role]['bytes'] / 1e6:>7.1f}"
-        for split, row in report[role]["splits"].items():
-            lines.append(f"{head:<27}  {split:<6}{row['accuracy']:>9.4f}{row['macro_f1']:>9.4f}{row['agreement']:>10.4f}"
-                         f"{row['seconds']:>9.2f}{row['texts_per_second']:>9,.0f}")
-            head = ""
-    return "\n".join([*lines, f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy and is "
-                      f"{report['speedup']:.1f} times as fast", f"({report['hardware']}; without tokenization)."])
+        lines += [f"{role:<8} {split:<6}{row['accuracy']:>9.4f}{row['macro_f1']:>10.4f}{row['agreement']:>11.4f}"
+                  f"{row['seconds']:>9.2f}{row['texts_per_second']:>9,.0f}" for split, row in report[role]["splits"].items()]
+    sizes = [f"{role} {report[role]['parameters']:,} parameters, {report[role]['bytes'] / 1e6:.1f} MB"
+             for role in ("teacher", "student")]
+    return "\n".join([*lines, "; ".join(sizes), f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy "
+                      f"and is {report['speedup']:.1f} times as fast", f"(without tokenization; {report['hardware']})."])
 
 
 CARD = """---
@@ -732,8 +738,8 @@ library_name: transformers
 ---
 # A BERT classifier of {NUM_LAYERS} layer(s), distilled
 
-Distilled from `{teacher}` on `{DATA}` by distill.py, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; the other settings are in
-report.json.
+Distilled from `{teacher}` on `{DATA}` by distill.py (ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; all else is in report.json).
+It shares its teacher's faults: measure it on texts of your own before you rely on it.
 
 ```python
 from transformers import pipeline
@@ -743,24 +749,18 @@ print(pipeline("text-classification", model="path/to/this/folder")("この店の
 ```
 {table}
 ```
-
-It has learnt from its teacher and shares its teacher's faults. Measure it on your own texts before you rely on it.
 """
 
 
 def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, seconds):
-    """Write OUTPUT, first whole under another name. Returns the report (its keys are in README.md)."""
-    new, best = Path(f"{OUTPUT}.new"), min(history, key=lambda row: row["val_loss"])
-    shutil.rmtree(new, ignore_errors=True)
-    trainer.model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    folder = Path(teacher_name if os.path.isdir(teacher_name)
-                  else huggingface_hub.snapshot_download(teacher_name, local_files_only=True))
-    size = lambda folder: sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
-    test = {role: figures["test"] for role, figures in splits.items()}
+    """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
+    test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
+    folder = teacher_name if os.path.isdir(teacher_name) else \
+        huggingface_hub.snapshot_download(teacher_name, local_files_only=True)
+    size = lambda folder: sum(f.stat().st_size for f in Path(folder).iterdir() if f.suffix in (".safetensors", ".bin"))
     report = {
         "teacher": {"parameters": count(teacher), "bytes": size(folder), "splits": splits["teacher"]},
-        "student": {"parameters": count(trainer.model), "bytes": size(new), "splits": splits["student"]},
+        "student": {"parameters": count(trainer.model), "bytes": None, "splits": splits["student"]},
         "kept": test["student"]["accuracy"] / max(test["teacher"]["accuracy"], 1e-9),
         "speedup": test["teacher"]["seconds"] / max(test["student"]["seconds"], 1e-9),
         "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
@@ -769,13 +769,17 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
                      **{module.__name__: module.__version__ for module in (torch, transformers, datasets)}},
         "hardware": hardware(),
     }
-    (new / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (new / "README.md").write_text(
-        CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report)), "utf-8")
-    rows = [history[0], *(row.values() for row in history)]
-    (new / "history.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows), "utf-8")
-    plot(history, best, new / "loss.png")
-    replace_folder(new, Path(OUTPUT))
+
+    def more(new):
+        report["student"]["bytes"] = size(new)
+        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
+        lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
+        (new / "README.md").write_text(card, "utf-8")
+        (new / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (new / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
+        plot(history, best, new / "loss.png")
+
+    save_folder(OUTPUT, trainer.model, tokenizer, more)
     return report
 
 
@@ -788,11 +792,11 @@ def run():
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
     shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
     for folder in OUTPUT, TEACHER, Path(CACHE, "sample_teacher"):
-        if os.path.exists(f"{folder}.old") and not os.path.exists(folder):  # killed inside replace_folder
+        if os.path.exists(f"{folder}.old") and not os.path.exists(folder):  # killed inside save_folder
             os.rename(f"{folder}.old", folder)
 
     name, recipe = find_teacher()
-    config = load_config(recipe["base"] if recipe else name, "TEACHER_BASE" if recipe else "TEACHER")
+    config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     if not recipe:
         check_teacher(name, config)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
@@ -811,7 +815,7 @@ def run():
     student = build_student(teacher)
     print(student)
     say("student", f"{count(student):,} parameters on {student.device}; the teacher has {count(teacher):,}")
-    trainer = make_trainer(student, data, collate_fn, EPOCHS, LEARNING_RATE)
+    trainer = make_trainer(student, data, collate_fn, EPOCHS, LEARNING_RATE, PATIENCE)
     history = train(trainer, Path(CACHE, "checkpoint.pt"))
     lap("training")
 
@@ -851,35 +855,31 @@ def find_teacher():
         return TEACHER, None
     if TEACHER_BASE is not None:
         say("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
-        return TEACHER, {"base": TEACHER_BASE, "epochs": TEACHER_EPOCHS, "learning_rate": TEACHER_LEARNING_RATE}
+        return TEACHER, (TEACHER_BASE, TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE)
     if DATA == "tests/sample":
         name = os.path.join(CACHE, "sample_teacher")  # never TEACHER: it must not be mistaken for the user's
         made = os.path.isdir(name)
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
-        base = str(Path(__file__).resolve().parent / DATA / "base")
-        return name, None if made else {"base": base, "epochs": 12, "learning_rate": 1e-3}
+        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 12, 1e-3, 12)
     return TEACHER, None  # a hub name, or missing: load_config will tell
 
 
 def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     """Fine-tune the base model on the hard labels, with the loop of the student, and save it as `name`."""
+    base, *how = recipe
     config.label2id, config.id2label = label2id, {number: label for label, number in label2id.items()}
     transformers.set_seed(SEED)
-    if any(Path(recipe["base"]).glob("config.json")) and not any(Path(recipe["base"]).glob("*.safetensors")):
-        model = BertForSequenceClassification(config)  # the sample's: a configuration without weights
+    if DATA == "tests/sample" and TEACHER_BASE is None:  # the sample's base is a configuration without weights
+        model = BertForSequenceClassification(config)
     else:
-        with explain(f"TEACHER_BASE = {recipe['base']!r}: cannot be loaded", "Name a pretrained BERT (without a "
-                     "classifier, or with one for as many labels as the data has)"):
-            model = BertForSequenceClassification.from_pretrained(recipe["base"], config=config, dtype=torch.float32)
-    train(make_trainer(model, data, collate_fn, recipe["epochs"], recipe["learning_rate"]),
-          Path(CACHE, "teacher_checkpoint.pt"))
-    new = Path(f"{name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    replace_folder(new, Path(name))
-    os.remove(Path(CACHE, "teacher_checkpoint.pt"))
+        with explain(f"TEACHER_BASE = {base!r}: cannot be loaded", "Name a pretrained BERT (without a classifier, or with "
+                     "one for as many labels as the data has)"):
+            model = BertForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    checkpoint = Path(CACHE, "teacher_checkpoint.pt")
+    train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)
+    save_folder(name, model, tokenizer)
+    checkpoint.unlink()
 
 
 if __name__ == "__main__":

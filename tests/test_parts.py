@@ -57,7 +57,7 @@ def test_compute_loss_hands_only_its_inputs_to_the_model(teacher, data, run):
     run("--epochs", "1")
     model = BertForSequenceClassification.from_pretrained("distilled_model").eval()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1, "soft_labels": [0.2, 0.8]}]
-    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4)
+    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4, 3)
     batch = distill.collate(table)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=1)
     assert loss == distill.distillation_loss(outputs.logits, batch["labels"], batch["soft_labels"])
@@ -341,7 +341,7 @@ def test_the_rate_follows_the_schedule(teacher, data, run):
 def test_weight_decay_leaves_biases_and_norms_alone(settings):
     model = tiny_model()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1}]
-    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4)
+    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4, 3)
     decayed, spared = trainer.create_optimizer().param_groups
     assert decayed["weight_decay"] == distill.WEIGHT_DECAY and spared["weight_decay"] == 0
     names = {id(tensor): name for name, tensor in model.named_parameters()}

@@ -192,15 +192,15 @@ def test_kill_9_and_the_same_command_again(teacher, data):
 @pytest.mark.parametrize("moment", ["first rename", "second rename"])
 def test_a_kill_while_the_result_is_put_in_place(teacher, data, run, monkeypatch, moment):
     run()
-    before, rename, calls = MODEL.read_bytes(), Path.rename, []
+    before, rename, calls = MODEL.read_bytes(), os.rename, []
 
-    def killed(self, target):
-        calls.append(target)
-        if len(calls) == ["first rename", "second rename"].index(moment) + 1:
+    def killed(source, target, **more):
+        calls.extend(["rename"] * ("distilled_model" in str(source)))
+        if calls and len(calls) == ["first rename", "second rename"].index(moment) + 1:
             raise RuntimeError("killed")
-        return rename(self, target)
+        return rename(source, target, **more)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(os, "rename", killed)
         with pytest.raises(RuntimeError):
             run("--alpha", "1.0")
     with pytest.raises(SystemExit):  # any later run first puts the old result back
@@ -270,6 +270,14 @@ def test_teacher_base_is_fine_tuned_into_teacher_and_then_used(data, run):
     before = Path("finetuned_bert_japanese/model.safetensors").read_bytes()
     assert "fine-tuned into it" not in run("--teacher-base", "base")
     assert Path("finetuned_bert_japanese/model.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_while_a_teacher_is_made_makes_no_teacher_of_what_is_there(data, run, fails, monkeypatch):
+    save_model("base")
+    interrupt_in(monkeypatch, 2, KeyboardInterrupt())
+    assert "stopped by Ctrl-C" in fails("--teacher-base", "base")
+    assert not Path("finetuned_bert_japanese").exists() and not Path("distilled_model").exists()
+    assert "goes on after epoch 1" in run("--teacher-base", "base")
 
 
 def test_labels_for_a_new_teacher_are_read_off_the_data(data, run):
