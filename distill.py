@@ -547,7 +547,7 @@ class CustomTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Batches of like length, in an order that SEED and the epoch (state.epoch) decide."""
-        order = shuffled(np.array(self.train_dataset["length"]), self.args.train_batch_size, SEED + int(self.state.epoch))
+        order = shuffled(np.array(self.train_dataset["length"]), self.args.train_batch_size, SEED + int(self.state.epoch or 0))
         return DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, sampler=order,
                           collate_fn=self.data_collator)
 
@@ -561,7 +561,7 @@ class CustomTrainer(Trainer):
 
 def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
     """A CustomTrainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
-    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install that tracker, or set "none"'):
+    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
         args = TrainingArguments(
             output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
             lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
@@ -861,7 +861,7 @@ def find_teacher():
         made = os.path.isdir(name)
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
-        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 12, 1e-3, 12)
+        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 7, 1e-3, 7)
     return TEACHER, None  # a hub name, or missing: load_config will tell
 
 

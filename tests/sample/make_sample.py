@@ -64,7 +64,7 @@ PLACES = {
 ADVERBS = ["", "", "とても", "かなり", "本当に", "正直", "思ったより"]
 OPENINGS = ["", "", "", "週末に行った。", "友人に勧められた。", "初めて試した。", "期待していた。", "口コミを見た。"]
 OPENINGS_THING = ["", "", "", "先週買った。", "友人に勧められた。", "初めて試した。", "期待していた。", "口コミを見た。"]
-KINDS = {"plain": 4, "and": 3, "but": 3, "although": 1, "yet": 1, "afterthought": 1.5, "despite": 1,
+KINDS = {"plain": 6, "and": 4, "but": 3, "although": 1, "yet": 1, "afterthought": 1.5, "despite": 1,
          "denied": 1, "denied but": 0.5, "rumour": 1, "wish": 1}  # how often each form of review comes
 
 
@@ -75,7 +75,7 @@ class Clause:
         """`good`: what the clause says in the end. `but_not`: a clause whose subject is not to come again."""
         subjects = [s for s in PLACES[place] if but_not is None or s != but_not.subject]
         self.subject = draw.choice(subjects)
-        self.negated = draw.random() < 0.2
+        self.negated = draw.random() < 0.15
         praise, blame = PLACES[place][self.subject]
         self.word = draw.choice(praise if good != self.negated else blame)
         self.past = draw.random() < 0.4
