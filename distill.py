@@ -861,7 +861,7 @@ def find_teacher():
         made = os.path.isdir(name)
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
-        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 7, 1e-3, 7)
+        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 9, 1e-3, 9)
     return TEACHER, None  # a hub name, or missing: load_config will tell
 
 

@@ -1,5 +1,6 @@
 """The parts: losses against values worked out by hand, data, batches, start of the student, figures."""
 
+import ast
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import distill
-from conftest import SAMPLE, rows, save_model, tiny_model, write_csv
+from conftest import DEFAULTS, ROOT, SAMPLE, rows, tiny_model, write_csv
 
 # ── Loss ──
 
@@ -387,3 +388,12 @@ def test_no_code_in_a_saved_file_runs(capsys):
     Path("a.pt").write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
     assert distill.load_whole(Path("a.pt")) is None and not Path("hacked").exists()
     assert "a.pt is damaged" in capsys.readouterr().out
+
+
+def test_the_readme_names_every_setting_and_its_default_in_both_languages():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for name, value in DEFAULTS.items():
+        lines = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert len(lines) == 2
+        for line in lines:
+            assert ast.literal_eval(line.split("|")[2].strip(" `")) == value
