@@ -233,7 +233,7 @@ def say(stage, message):
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 TARGETS = "labels", "soft_labels"  # the keys of a batch that are for the loss; the others are for the model
-POOL = 16  # batches that are sorted by length together: more save no more padding, but make batches too alike
+POOL = 16  # batches whose texts are sorted by length together: more saves little, and makes batches too alike
 
 
 def text_columns():
@@ -308,7 +308,7 @@ def clean(rows, split, label2id):
     if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
                   for what, at in found.items() if at]:
         hint = "DATA is still the sample; set it to your teacher's data." if DATA == "tests/sample" else \
-            "Rows are counted from 1. Correct or remove them."
+            "correct or remove these rows, counted from 1; labels are the teacher's names or numbers."
         raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *faults[:9]]))
     return rows.select_columns(text_columns()).add_column("labels", [lookup[label] for label in labels])
 
@@ -610,7 +610,7 @@ def train(trainer, checkpoint, use_what_is_there=True):
                    "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict()}
             save_whole(checkpoint, now)
         if trainer.control.should_training_stop:
-            say("training", f"stopped early: no lower validation loss for {PATIENCE} epochs")
+            say("training", "stopped early: the validation loss no longer improves")
     except KeyboardInterrupt:
         if not now["history"] or not use_what_is_there:
             raise
