@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
 
+VOCABULARY = len((SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines())
+
 
 def rows(split, n):
     """The first n (text, label) of a split of the sample."""
@@ -32,7 +34,7 @@ def write_csv(path, table, header=("text", "label"), **options):
 def tiny_model(labels=("negative", "positive"), seed=0, **changes):
     """A random BertForSequenceClassification over the sample's vocabulary; large random weights and biases."""
     torch.manual_seed(seed)
-    config = dict(vocab_size=549, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
+    config = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
                   max_position_embeddings=64, num_labels=len(labels), id2label=dict(enumerate(labels)),
                   label2id={label: number for number, label in enumerate(labels)}, initializer_range=0.2)
     model = BertForSequenceClassification(BertConfig(**config | changes))

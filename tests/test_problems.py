@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertForSequenceClassification
 
 import distill
-from conftest import ROOT, SAMPLE, rows, save_model, tiny_model, write_csv
+from conftest import ROOT, SAMPLE, VOCABULARY, rows, save_model, tiny_model, write_csv
 
 
 def edit_config(folder, **changes):
@@ -139,7 +139,7 @@ def test_not_a_sequence_classifier(teacher, data, fails):
 
 
 def test_another_family(teacher, data, fails):
-    DistilBertForSequenceClassification(DistilBertConfig(vocab_size=549, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
+    DistilBertForSequenceClassification(DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=1, n_heads=2, hidden_dim=32)
                                         ).save_pretrained(teacher)
     assert "of the family 'distilbert'; accepted is" in fails()
 
@@ -169,7 +169,7 @@ def test_no_tokenizer_and_the_fix(data, fails, run):
 
 def test_a_tokenizer_with_ids_beyond_the_vocabulary(data, fails):
     save_model("finetuned_bert_japanese", vocab_size=500)
-    assert "has ids up to 548, the teacher only 0 to 499" in fails()
+    assert f"has ids up to {VOCABULARY - 1}, the teacher only 0 to 499" in fails()
 
 
 @pytest.mark.parametrize("package", ["fugashi", "unidic_lite"])
