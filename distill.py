@@ -198,7 +198,7 @@ def load_whole(path):
 
 def save_folder(folder, model, tokenizer, more=lambda new: None):
     """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
-    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
+    new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
@@ -277,8 +277,8 @@ def read_splits():
             return {"all": found if not isinstance(found, dict) else next(iter(found.values()))}
     splits = {split: found[name] for split, names in SPLITS.items() for name in names if name in found}
     if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
-        raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add it "
-                      f"({', '.join(READERS)}), or set DATA to one single file, which is cut into the three.")
+        raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add "
+                      f"it ({', '.join(READERS)}), or set DATA to one single file, which is cut into the three.")
     return splits
 
 
@@ -362,7 +362,7 @@ def tokenize(data, tokenizer):
     for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
         known = set(data[other]["key"])
         if shared := sum(key in known for key in data[one]["key"]):
-            say("data", f"{shared:,} of the {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
+            say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
     return data
 
 
@@ -405,7 +405,7 @@ def load_config(name, setting="TEACHER"):
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise Problem(f"{setting} = {name!r}: no such folder. Put your fine-tuned model there, name its folder, or set "
                       "TEACHER_BASE to have a teacher fine-tuned.")
-    with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder written by model.save_pretrained, or a hub model"):
+    with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
         return AutoConfig.from_pretrained(name)
 
 
@@ -419,8 +419,8 @@ def load_tokenizer(name, config):
                  f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if (highest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
-        raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the teacher only 0 to {config.vocab_size - 1}. "
-                      f"{advice}.")
+        raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the teacher only 0 to "
+                      f"{config.vocab_size - 1}. {advice}.")
     if MAX_LENGTH > config.max_position_embeddings:
         raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the teacher takes at most {config.max_position_embeddings} tokens.")
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
@@ -433,17 +433,18 @@ def check_teacher(name, config):
         raise Problem(f"TEACHER = {name!r}: is a {kind} of the family {config.model_type!r}; accepted is a fine-tuned "
                       "BertForSequenceClassification. To fine-tune a BERT first, name it in TEACHER_BASE.")
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        raise Problem(f"TEACHER = {name!r}: {config.num_labels} output(s), {config.problem_type or 'regression'}; accepted "
-                      "is a classifier that chooses one of two or more labels.")
+        raise Problem(f"TEACHER = {name!r}: {config.num_labels} output(s), {config.problem_type or 'regression'}; "
+                      "accepted is a classifier that chooses one of two or more labels.")
 
 
 def load_teacher(name):
     """The teacher: frozen, in eval mode, in float32 (transformers 5 otherwise keeps the stored precision)."""
     with explain(f"TEACHER = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
-        teacher, info = BertForSequenceClassification.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        teacher, info = BertForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # transformers would warn and go on with random weights
-        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(missing[:4])}. Name the "
-                      "fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
+        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(missing[:4])}. Name "
+                      "the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
     return teacher.eval().requires_grad_(False)
 
 
@@ -509,7 +510,8 @@ def build_student(teacher):
         depth = teacher.config.num_hidden_layers
         layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
         if min(layers) < 0 or max(layers) >= depth:
-            raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the teacher has layers 0 to {depth - 1}.")
+            raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the teacher has layers 0 to "
+                          f"{depth - 1}.")
         weights = teacher.state_dict()
         source = lambda name: re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str(layers[int(number[0])]), name)
         student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})
@@ -547,9 +549,9 @@ class CustomTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Batches of like length, in an order that SEED and the epoch (state.epoch) decide."""
-        order = shuffled(np.array(self.train_dataset["length"]), self.args.train_batch_size, SEED + int(self.state.epoch or 0))
-        return DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, sampler=order,
-                          collate_fn=self.data_collator)
+        lengths, seed = np.array(self.train_dataset["length"]), SEED + int(self.state.epoch or 0)
+        return DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator,
+                          sampler=shuffled(lengths, self.args.train_batch_size, seed))
 
     def get_eval_dataloader(self, eval_dataset=None):
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -564,10 +566,12 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
     with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
         args = TrainingArguments(
             output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
-            lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
-            per_device_train_batch_size=BATCH_SIZE, per_device_eval_batch_size=2 * BATCH_SIZE, eval_strategy="epoch",
-            save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-            remove_unused_columns=False, dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True, log_level="error")
+            lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM, per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=2 * BATCH_SIZE, eval_strategy="epoch", save_strategy="epoch",
+            load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+            remove_unused_columns=False, dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True,
+            log_level="error")
         trainer = CustomTrainer(model=model, args=args, data_collator=collate_fn, train_dataset=data["train"],
                                 eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(patience)])
     trainer.remove_callback(PrinterCallback)
@@ -678,7 +682,7 @@ def plot(history, best, path):
         axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, color=colour,
                   label=name.replace("_", " "))
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
-    axes.set(xlabel="epoch", ylabel=f"loss = {ALPHA:g} KL + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}", title="Distillation")
+    axes.set(xlabel="epoch", ylabel=f"loss = {ALPHA:g} KL + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -723,12 +727,14 @@ def table(report):
     """The report as text."""
     lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
     for role in ("teacher", "student"):
-        lines += [f"{role:<8} {split:<6}{row['accuracy']:>9.4f}{row['macro_f1']:>10.4f}{row['agreement']:>11.4f}"
-                  f"{row['seconds']:>9.2f}{row['texts_per_second']:>9,.0f}" for split, row in report[role]["splits"].items()]
+        lines += [f"{role:<8} {split:<6}{one['accuracy']:>9.4f}{one['macro_f1']:>10.4f}{one['agreement']:>11.4f}"
+                  f"{one['seconds']:>9.2f}{one['texts_per_second']:>9,.0f}"
+                  for split, one in report[role]["splits"].items()]
     sizes = [f"{role} {report[role]['parameters']:,} parameters, {report[role]['bytes'] / 1e6:.1f} MB"
              for role in ("teacher", "student")]
-    return "\n".join([*lines, "; ".join(sizes), f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy "
-                      f"and is {report['speedup']:.1f} times as fast", f"(without tokenization; {report['hardware']})."])
+    return "\n".join([*lines, "; ".join(sizes), f"On test the student keeps {report['kept']:.1%} of the teacher's "
+                      f"accuracy and is {report['speedup']:.1f} times as fast",
+                      f"(without tokenization; {report['hardware']})."])
 
 
 CARD = """---
@@ -738,7 +744,7 @@ library_name: transformers
 ---
 # A BERT classifier of {NUM_LAYERS} layer(s), distilled
 
-Distilled from `{teacher}` on `{DATA}` by distill.py (ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; all else is in report.json).
+Distilled from `{teacher}` on `{DATA}` by distill.py, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
 It shares its teacher's faults: measure it on texts of your own before you rely on it.
 
 ```python
@@ -791,9 +797,8 @@ def run():
     seconds, laps = {}, [time.perf_counter()]
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
     shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
-    for folder in OUTPUT, TEACHER, Path(CACHE, "sample_teacher"):
-        if os.path.exists(f"{folder}.old") and not os.path.exists(folder):  # killed inside save_folder
-            os.rename(f"{folder}.old", folder)
+    if os.path.exists(f"{OUTPUT}.distill_old") and not os.path.exists(OUTPUT):  # killed inside save_folder
+        os.rename(f"{OUTPUT}.distill_old", OUTPUT)
 
     name, recipe = find_teacher()
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
@@ -873,8 +878,8 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     if DATA == "tests/sample" and TEACHER_BASE is None:  # the sample's base is a configuration without weights
         model = BertForSequenceClassification(config)
     else:
-        with explain(f"TEACHER_BASE = {base!r}: cannot be loaded", "Name a pretrained BERT (without a classifier, or with "
-                     "one for as many labels as the data has)"):
+        with explain(f"TEACHER_BASE = {base!r}: cannot be loaded", "Name a pretrained BERT (without a classifier, or "
+                     "with one for as many labels as the data has)"):
             model = BertForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
     checkpoint = Path(CACHE, "teacher_checkpoint.pt")
     train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)

@@ -227,7 +227,7 @@ def test_texts_that_stand_in_two_splits_are_counted(data, settings, capsys, teac
     write_csv(data / "test.csv", rows("test", 4) + rows("train", 3))
     distill.tokenize(load(settings), AutoTokenizer.from_pretrained(teacher))
     printed = capsys.readouterr().out
-    assert "3 of the 7 texts of test also stand in train" in printed and "val is flattered" not in printed
+    assert "3 of 7 texts of test also stand in train" in printed and "val is flattered" not in printed
 
 
 def test_truncation_is_the_tokenizers_and_is_counted(data, settings, capsys, teacher):

@@ -71,6 +71,15 @@ def test_the_saved_student_is_the_reported_one_and_a_pipeline_loads_it(teacher, 
     assert right / 16 == report()["student"]["splits"]["test"]["accuracy"]
 
 
+def test_folders_of_the_user_beside_the_output_are_left_alone(teacher, data, run):
+    for name in "distilled_model.old", "distilled_model.new", "finetuned_bert_japanese.old":
+        Path(name).mkdir()
+        Path(name, "mine").write_text("x")
+    run("--epochs", "1")
+    run("--epochs", "2")
+    assert all(Path(name, "mine").exists() for name in os.listdir() if name.endswith(("old", "new")))
+
+
 def test_nothing_personal_is_written(data, run, tmp_path):
     run("--teacher", str(save_model(tmp_path / "somewhere" / "else")))
     for file in Path("distilled_model").iterdir():
@@ -207,7 +216,7 @@ def test_a_kill_while_the_result_is_put_in_place(teacher, data, run, monkeypatch
         run("--teacher", "./nowhere")
     assert MODEL.read_bytes() == before
     run("--alpha", "1.0")
-    assert MODEL.read_bytes() != before and not Path("distilled_model.old").exists()
+    assert MODEL.read_bytes() != before and not Path("distilled_model.distill_old").exists()
 
 
 # ── The teacher's answers and their cache ──
