@@ -348,13 +348,15 @@ def tokenize(data, tokenizer):
                 cut["texts"] += 1
                 for name, value in call(MAX_LENGTH, texts[row], *(pair[row] for pair in pairs)).items():
                     encoded[name][row] = value
+        bar.update(len(texts))
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]],
                 "key": [digest(*row) for row in zip(*encoded.values())]}
 
     Path(CACHE, "tmp").mkdir(exist_ok=True)
-    data = {split: rows.map(encode, batched=True, remove_columns=text_columns(), desc=f"tokenize {split}",
-                            cache_file_name=str(Path(CACHE, "tmp", f"{split}-{time.monotonic_ns()}.arrow")))
-            for split, rows in data.items()}
+    with tqdm(total=sum(map(len, data.values())), desc="tokenize", leave=False, disable=None) as bar:
+        data = {split: rows.map(encode, batched=True, remove_columns=text_columns(),
+                                cache_file_name=str(Path(CACHE, "tmp", f"{split}-{time.monotonic_ns()}.arrow")))
+                for split, rows in data.items()}
     lengths = np.concatenate([rows["length"] for rows in data.values()])
     say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut['texts']:,} of {len(lengths):,} "
         f"texts cut to MAX_LENGTH = {MAX_LENGTH}")
@@ -839,8 +841,7 @@ def main(argv=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
     try:
         read_command_line(argv)
         check_settings()
