@@ -299,7 +299,7 @@ def clean(rows, split, label2id):
     names = getattr(rows.features[LABEL_COLUMN], "names", [])  # a data set's own numbering is not the teacher's
     lookup |= {str(number): label2id[name] for number, name in enumerate(names) if name in label2id}
     labels = [re.sub(r"\.0$", "", str(label)) for label in rows[LABEL_COLUMN]]
-    found = {f"empty {column}": [row for row, text in enumerate(rows[column], 1) if not str(text or "").strip()]
+    found = {f"{column} empty or not a text": [row for row, value in enumerate(rows[column], 1) if not text(value)]
              for column in text_columns()}
     for row, label in enumerate(labels, 1):
         if label not in lookup:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel, DistilBertConfig, DistilBertForSequenceClassification
@@ -239,14 +240,20 @@ def test_empty_texts_and_missing_labels_are_counted(teacher, data, fails):
     table[3] = (table[3][0], "")
     write_csv(data / "train.csv", table)
     message = fails()
-    assert "train: empty text in 6 rows: 3, 6, 8, 9, 10, …" in message and "train: no label in 1 rows: 4" in message
+    assert "train: text empty or not a text in 6 rows: 3, 6, 8, 9, 10, …" in message and "train: no label in 1 rows: 4" in message
 
 
 def test_missing_values_in_jsonl(teacher, data, fails):
     (data / "train.csv").unlink()
     (data / "train.jsonl").write_text('{"text": null, "label": 1}\n{"text": "良い", "label": null}\n{"text": "雨"}\n', "utf-8")
     message = fails()
-    assert "train: empty text in 1 rows: 1" in message and "train: no label in 2 rows: 2, 3" in message
+    assert "train: text empty or not a text in 1 rows: 1" in message and "train: no label in 2 rows: 2, 3" in message
+
+
+def test_numbers_in_place_of_texts(teacher, data, fails):
+    (data / "train.csv").unlink()
+    datasets.Dataset.from_dict({"text": [0, 7], "label": [0, 1]}).to_parquet(data / "train.parquet")
+    assert "train: text empty or not a text in 2 rows: 1, 2" in fails()
 
 
 @pytest.mark.parametrize("label", ["neutral", "2", "-1", "0.5", "Positive"])
