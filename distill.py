@@ -401,9 +401,9 @@ def shuffled(lengths, batch_size, seed):
 
 def load_config(name, setting="TEACHER"):
     """The configuration of the model in the folder or hub repository `name`."""
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise Problem(f"{setting} = {name!r}: this folder holds no model (no config.json). Save one into it with "
-                      "model.save_pretrained, or name another.")
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise Problem(f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). Save one into "
+                      "it with model.save_pretrained, or name another folder.")
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         raise Problem(f"{setting} = {name!r}: no such folder. Put your fine-tuned model there, name its folder, or set "
                       "TEACHER_BASE to have a teacher fine-tuned.")
@@ -415,7 +415,7 @@ def load_tokenizer(name, config):
     """The tokenizer in `name`, which must fit the model's `config`."""
     advice = 'Set TOKENIZER to the one the teacher was made with, e.g. "tohoku-nlp/bert-base-japanese-v3"'
     files = [file for pattern in ("vocab.*", "tokenizer.json", "*.model") for file in Path(name).glob(pattern)]
-    if os.path.isdir(name) and not files:  # transformers would make an empty one, and say nothing
+    if os.path.exists(name) and not files:  # transformers would make an empty one, and say nothing
         raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
     with explain(f"the tokenizer in {name!r} cannot be loaded",
                  f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
@@ -765,7 +765,9 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
     test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
     folder = teacher_name if os.path.isdir(teacher_name) else \
         huggingface_hub.snapshot_download(teacher_name, local_files_only=True)
-    size = lambda folder: sum(f.stat().st_size for f in Path(folder).iterdir() if f.suffix in (".safetensors", ".bin"))
+    files = lambda folder, pattern: list(Path(folder).glob(pattern))
+    size = lambda folder: sum(file.stat().st_size for file in files(folder, "model*.safetensors")
+                              or files(folder, "pytorch_model*.bin"))
     report = {
         "teacher": {"parameters": count(teacher), "bytes": size(folder), "splits": splits["teacher"]},
         "student": {"parameters": count(trainer.model), "bytes": None, "splits": splits["student"]},

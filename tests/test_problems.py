@@ -100,7 +100,12 @@ def test_no_teacher_and_data_of_ones_own(data, fails):
 
 def test_an_empty_teacher_folder(data, fails):
     Path("finetuned_bert_japanese").mkdir()
-    assert "holds no model (no config.json)" in fails()
+    assert "holds no model (no config.json" in fails()
+
+
+def test_a_file_in_place_of_a_folder(teacher, data, fails):
+    assert "config.json': holds no model" in fails("--teacher", str(teacher / "config.json"))
+    assert "vocab.txt' holds no tokenizer" in fails("--tokenizer", str(teacher / "vocab.txt"))
 
 
 def test_a_hub_name_that_cannot_be_reached(data, monkeypatch, fails):

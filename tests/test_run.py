@@ -71,6 +71,13 @@ def test_the_saved_student_is_the_reported_one_and_a_pipeline_loads_it(teacher, 
     assert right / 16 == report()["student"]["splits"]["test"]["accuracy"]
 
 
+def test_bytes_are_those_of_the_weights_alone(teacher, data, run):
+    for name in "training_args.bin", "pytorch_model.bin":  # what a Trainer and an older copy leave in such a folder
+        (teacher / name).write_bytes(b"x" * 1000)
+    run("--epochs", "1")
+    assert report()["teacher"]["bytes"] == (teacher / "model.safetensors").stat().st_size
+
+
 def test_folders_of_the_user_beside_the_output_are_left_alone(teacher, data, run):
     for name in "distilled_model.old", "distilled_model.new", "finetuned_bert_japanese.old":
         Path(name).mkdir()
