@@ -103,7 +103,7 @@ def test_the_student_starts_from_the_chosen_layers(settings, layers, chosen):
     settings.setattr(distill, "INIT_LAYERS", layers)
     teacher = tiny_model(num_hidden_layers=5)
     weights, student = teacher.state_dict(), distill.build_student(teacher)
-    assert type(student) is BertForSequenceClassification and student.config.num_hidden_layers == 2
+    assert type(student) is distill.BertForSequenceClassification and student.config.num_hidden_layers == 2
     assert {**student.config.to_dict(), "num_hidden_layers": 5} == teacher.config.to_dict()
     for name, tensor in student.state_dict().items():
         for number, source in enumerate(chosen):
