@@ -82,43 +82,31 @@ REPORT_TO = "none"  # or "tensorboard", "wandb", … : any tracker that transfor
 
 # ── Settings: checks and command line ───────────────────────────────────────────────────────────────────
 
-
 class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
-
-
-def whole(value, low, high=math.inf):
-    return type(value) is int and low <= value <= high
-
-
-def number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
 
 def text(value):
     return isinstance(value, str) and value.strip() != ""
 
-
-def layers(value):
-    chosen = isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS and all(whole(one, 0) for one in value)
-    return chosen or isinstance(value, str) and value in INIT
-
+def number(low, high=math.inf, kinds=(int, float)):
+    """A test: is a value a number of these kinds, low <= value <= high?"""
+    return lambda value: type(value) in kinds and math.isfinite(value) and low <= value <= high
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
     ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN OUTPUT CACHE REPORT_TO", "a text", text),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN", "a text or None", lambda value: value is None or text(value)),
-    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE", "a whole number from 1", lambda value: whole(value, 1)),
-    ("TEACHER_LEARNING_RATE LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0",
-     lambda value: number(value) and value > 0),
-    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", lambda value: number(value) and value >= 0),
-    ("MAX_LENGTH", "a whole number from 4", lambda value: whole(value, 4)),
-    ("SEED", "a whole number from 0 to 2147483648", lambda value: whole(value, 0, 2**31)),
-    ("ALPHA", "a number from 0 to 1", lambda value: number(value) and 0 <= value <= 1),
+    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE", "a whole number from 1", number(1, kinds=[int])),
+    ("TEACHER_LEARNING_RATE LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0", number(5e-324)),
+    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
+    ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
+    ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
+    ("ALPHA", "a number from 0 to 1", number(0, 1)),
     ("SCHEDULE", '"linear" or "constant"', lambda value: value in ("linear", "constant")),
     ("STUDENT_INIT", '"teacher" or "random"', lambda value: value in ("teacher", "random")),
-    ("INIT_LAYERS", '"first", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', layers),
+    ("INIT_LAYERS", '"first", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', lambda value: (
+        value in INIT if isinstance(value, str) else isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS
+        and all(map(number(0, kinds=[int]), value)))),
 ] for name in names.split()}
-
 
 @contextlib.contextmanager
 def explain(what, advice):
@@ -130,7 +118,6 @@ def explain(what, advice):
             raise
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise Problem(f"{what}: {reason.splitlines()[0].rstrip('.:')}. {advice}.") from error
-
 
 def read_command_line(argv):
     """Change the settings that are given in `argv`. Names, groups and help come from the block above."""
@@ -148,7 +135,6 @@ def read_command_line(argv):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(given)
         globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
-
 
 def check_settings():
     """Find every fault of the settings, and outputs that cannot be written, before anything slow begins."""
@@ -172,7 +158,6 @@ def check_settings():
 
 # ── Files: written whole or not at all ──────────────────────────────────────────────────────────────────
 
-
 def save_whole(path, content):
     """Write tensors and plain values with a checksum; a kill at any moment leaves the old file or the new."""
     buffer = io.BytesIO()
@@ -184,7 +169,6 @@ def save_whole(path, content):
         os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
 
-
 def load_whole(path):
     """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
     content = Path(path).read_bytes() if os.path.isfile(path) else None
@@ -195,7 +179,6 @@ def load_whole(path):
         pass
     if content is not None:
         say("note", f"{path} is damaged: it is not used, and made anew")
-
 
 def save_folder(folder, model, tokenizer, more=lambda new: None):
     """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
@@ -210,20 +193,16 @@ def save_folder(folder, model, tokenizer, more=lambda new: None):
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-
 def digest(*parts):
-    """A short name for contents: bytes, or values by their repr."""
+    """A short name for contents: a model's configuration and weights, or any value by its repr."""
     state = hashlib.sha256()
     for part in parts:
-        state.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass"))
+        if isinstance(part, torch.nn.Module):
+            for tensor in part.state_dict().values():
+                state.update(tensor.contiguous().numpy())
+            part = {name: value for name, value in part.config.to_dict().items() if name != "transformers_version"}
+        state.update(repr(part).encode("utf-8", "surrogatepass"))
     return state.hexdigest()[:24]
-
-
-def model_digest(model):
-    """A short name for a model's configuration and weights."""
-    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
-    return digest(config, *(tensor.contiguous().numpy().tobytes() for tensor in model.state_dict().values()))
-
 
 def say(stage, message):
     print(f"{stage:<9} {message}", flush=True)
@@ -238,10 +217,8 @@ TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start
 TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
 POOL = 16  # batches whose texts are sorted by length together: more saves little, and makes batches too alike
 
-
 def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
-
 
 def read_file(path):
     """One file as a Dataset whose rows stay on disk. UTF-8 with or without BOM, or CP932 (Japanese Excel)."""
@@ -260,7 +237,6 @@ def read_file(path):
                 say("data", f"{path} is not UTF-8: it is read as CP932 (Shift_JIS)")
         return datasets.load_dataset(READERS[kind], data_files=str(path), split="train",
                                      cache_dir=str(Path(CACHE, "tmp")), **options)
-
 
 def read_splits():
     """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
@@ -284,7 +260,6 @@ def read_splits():
                       f"it ({', '.join(READERS)}), or set DATA to one single file, which is cut into the three.")
     return splits
 
-
 def label_names(splits):
     """Label → number for a teacher still to be made: the names in order, or LABEL_0 … where they are numbers."""
     names = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
@@ -294,7 +269,6 @@ def label_names(splits):
     if not names and all(label.isdecimal() for label in found):
         names = [f"LABEL_{number}" for number in range(max(map(int, found)) + 1)]
     return {label: number for number, label in enumerate(names or sorted(found))}
-
 
 def clean(rows, split, label2id):
     """The texts of one split and `labels`, the teacher's numbers; a Problem that counts all faulty rows."""
@@ -314,7 +288,6 @@ def clean(rows, split, label2id):
             "correct or remove these rows, counted from 1; labels are the teacher's names or numbers."
         raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *faults[:9]]))
     return rows.select_columns(text_columns()).add_column("labels", [lookup[label] for label in labels])
-
 
 def load_data(label2id=None):
     """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
@@ -336,7 +309,6 @@ def load_data(label2id=None):
         + ", ".join(f"{shares[number]:,} {label}" for label, number in label2id.items()))
     return splits, label2id
 
-
 @functools.lru_cache(1)
 def token_ids(tokenizer):
     """A function: text → its token ids, without special tokens, exactly as this BertJapaneseTokenizer gives them.
@@ -344,7 +316,8 @@ def token_ids(tokenizer):
     The stock tokenizer cuts a word into pieces, in Python, each time it meets it. A word is always cut the same way,
     so once is enough; what is left is mostly MeCab's time. Texts that spell out a special token go the stock way.
     """
-    special, never_split = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab()))), tokenizer.all_special_tokens
+    special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+    never_split = tokenizer.all_special_tokens
     words, cut = tokenizer.word_tokenizer.tokenize, tokenizer.subword_tokenizer.tokenize
     pieces = functools.lru_cache(1 << 18)(lambda word: tuple(tokenizer.convert_tokens_to_ids(cut(word))))
 
@@ -355,11 +328,10 @@ def token_ids(tokenizer):
 
     return ids
 
-
 def encode(texts, tokenizer, max_length):
-    """The tokenizer's ids for `texts`, one list of texts per text column; nothing is padded.
+    """The tokenizer's ids for `texts`, a list per text column; nothing is padded.
 
-    Returns (columns, cut): lists of input_ids (and, for pairs, token_type_ids), and the rows cut to max_length.
+    Returns lists: input_ids (, token_type_ids, for pairs), length, and cut, whether max_length cut the text.
     """
     options = dict(return_attention_mask=False, return_token_type_ids=len(texts) > 1)
     cutting = dict(options, truncation=True, max_length=max_length)
@@ -367,50 +339,43 @@ def encode(texts, tokenizer, max_length):
         rows = list(zip(*(map(token_ids(tokenizer), column) for column in texts)))
         numbers = [[-1 - column] for column in range(len(texts))]  # stand for the texts among the special tokens
         frame = tokenizer.build_inputs_with_special_tokens(*numbers)
-        kinds = tokenizer.create_token_type_ids_from_sequences(*numbers)
         part = lambda row, place: row[-1 - place] if place < 0 else [place]
         columns = {"input_ids": [[one for place in frame for one in part(row, place)] for row in rows]}
         if len(texts) > 1:
-            columns["token_type_ids"] = [[kind for place, kind in zip(frame, kinds) for _ in part(row, place)] for row in rows]
+            columns["token_type_ids"] = [tokenizer.create_token_type_ids_from_sequences(*row) for row in rows]
         shorter = lambda row: tokenizer.prepare_for_model(*rows[row], **cutting)
     else:
         columns = dict(tokenizer(*texts, verbose=False, **options))
         shorter = lambda row: tokenizer(*(column[row] for column in texts), **cutting)
-    cut = [row for row, ids in enumerate(columns["input_ids"]) if len(ids) > max_length]
-    for row in cut:
+    cut = [len(ids) > max_length for ids in columns["input_ids"]]
+    for row in itertools.compress(range(len(cut)), cut):
         for name, value in shorter(row).items():
             columns[name][row] = value
-    return columns, cut
-
-
-def encode_rows(batch, columns, tokenizer, max_length):
-    """What Dataset.map adds to a batch of rows. All it needs is given to it: it may run in another process."""
-    encoded, cut = encode([batch[column] for column in columns], tokenizer, max_length)
-    rows = range(len(encoded["input_ids"]))
-    return {**encoded, "length": list(map(len, encoded["input_ids"])), "cut": [row in set(cut) for row in rows],
-            "key": [digest(*row) for row in zip(*encoded.values())]}
-
+    return {**columns, "length": list(map(len, columns["input_ids"])), "cut": cut}
 
 def tokenize(data, tokenizer):
     """Texts → input_ids (, token_type_ids), length, and key, a name for these ids. Nothing is padded here."""
+    def add(batch, columns, tokenizer, max_length):  # takes all that it needs: it may run in another process
+        made = encode([batch[column] for column in columns], tokenizer, max_length)
+        return made | {"key": [digest(*row) for row in zip(*(made[name] for name in made if name.endswith("ids")))]}
+
     Path(CACHE, "tmp").mkdir(exist_ok=True)
     for split, rows in data.items():
+        name = f"{split}-{time.monotonic_ns()}"
         data[split] = rows.map(
-            encode_rows, batched=True, remove_columns=text_columns(),
+            add, batched=True, remove_columns=text_columns(), new_fingerprint=name,
             num_proc=min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count()) or None,
             fn_kwargs=dict(columns=text_columns(), tokenizer=tokenizer, max_length=MAX_LENGTH),
-            cache_file_name=str(Path(CACHE, "tmp", f"{split}-{time.monotonic_ns()}.arrow")))
+            cache_file_name=str(Path(CACHE, "tmp", f"{name}.arrow")))
     lengths, cut = (np.concatenate([rows[name] for rows in data.values()]) for name in ("length", "cut"))
-    data = {split: rows.remove_columns("cut") for split, rows in data.items()}
-    say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts cut to "
-        f"MAX_LENGTH = {MAX_LENGTH}")
+    say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
+        f"cut to MAX_LENGTH = {MAX_LENGTH}")
     say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
     for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
         known = set(data[other]["key"])
         if shared := sum(key in known for key in data[one]["key"]):
             say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
     return data
-
 
 def collate(rows, pad_token_id=0):
     """Rows of tokenize() → tensors, padded to the longest of these rows."""
@@ -427,7 +392,6 @@ def collate(rows, pad_token_id=0):
         batch["token_type_ids"] = padded("token_type_ids", 0)
     return batch | {name: torch.tensor([row[name] for row in rows]) for name in TARGETS if name in rows[0]}
 
-
 def longest_first(lengths, tokens):
     """Row numbers in batches: every row once, like lengths together, at most `tokens` in a batch, padding included."""
     order, start = np.argsort(-np.array(lengths), kind="stable").tolist(), 0
@@ -436,11 +400,9 @@ def longest_first(lengths, tokens):
         yield order[start:start + size]
         start += size
 
-
-def inference_loader(rows, collate_fn, tokens=TOKENS):
-    """Loader for inference; its batch_sampler lists the rows of each batch."""
-    return DataLoader(rows, batch_sampler=list(longest_first(rows["length"][:], tokens)), collate_fn=collate_fn)
-
+def inference_loader(rows, collate_fn, tokens=None):
+    return DataLoader(rows, batch_sampler=list(longest_first(rows["length"][:], tokens or TOKENS)),
+                      collate_fn=collate_fn)
 
 def shuffled(lengths, batch_size, seed):
     """Row numbers for one epoch of training: batches of like length, in random order, the smaller last one last."""
@@ -455,7 +417,6 @@ def shuffled(lengths, batch_size, seed):
 
 # ── Model ───────────────────────────────────────────────────────────────────────────────────────────────
 
-
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
     """transformers' class: the same parameters, structure, answers and gradients, but a last layer for one token.
 
@@ -469,6 +430,12 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
     Where more is asked for than logits and the loss, the stock forward runs.
     """
 
+    def __init__(self, config):
+        super().__init__(config)
+        for module in self.modules():
+            if type(module) is torch.nn.Dropout:
+                module.__class__ = Dropout
+
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
                 labels=None, **more):
         """Arguments and result of transformers' forward. logits: (batch, classes)."""
@@ -477,7 +444,8 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
                 or config.output_hidden_states or config.output_attentions or not config.return_dict
                 or attention_mask is not None and attention_mask.dim() != 2
                 or labels is not None and config.problem_type != "single_label_classification"):
-            return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels, **more)
+            return super().forward(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, labels,
+                                   **more)
         x, mask = embed(bert.embeddings, input_ids, token_type_ids, inputs_embeds), None
         if attention_mask is not None and not attention_mask.all():
             mask = (1 - attention_mask[:, None].to(x.dtype)) * torch.finfo(x.dtype).min  # (batch, 1, length)
@@ -490,7 +458,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         by_head = lambda linear: linear.weight.view(heads, size, -1)
         query = attention.query(first).view(-1, heads, size).transpose(0, 1) * size**-0.5
         score = torch.bmm(query, by_head(attention.key)).transpose(0, 1)  # W_kᵀ q: (batch, heads, hidden)
-        keep = F.dropout(x.new_ones(*score.shape[:2], x.shape[1]), attention.dropout.p) if self.training else None
+        keep = attention.dropout(x.new_ones(*score.shape[:2], x.shape[1])) if self.training else None
         total, mean = Attend.apply(x, score, mask, keep)
         value = torch.bmm(by_head(attention.value), mean.permute(1, 2, 0)).permute(2, 0, 1)
         value = value + attention.value.bias.view(heads, size) * total
@@ -499,27 +467,30 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-
 def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
-    """The same as BertEmbeddings, in fewer passes over the memory: (batch, length, hidden).
-
-    F.dropout draws a random number for each unit, the slowest part of a training step on the CPU. Here the gaps between
-    the units that fall out are drawn: geometric, and 1/p times fewer. The scale 1/(1-p) goes into the LayerNorm.
-    """
-    ids, norm = input_ids if inputs_embeds is None else inputs_embeds, embeddings.LayerNorm
-    place = embeddings.position_embeddings.weight[:ids.shape[1]] + (
+    """BertEmbeddings in fewer passes over the memory: (batch, length, hidden)."""
+    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+    place = embeddings.position_embeddings.weight[:length] + (
         embeddings.token_type_embeddings.weight[0] if token_type_ids is None
         else embeddings.token_type_embeddings(token_type_ids))
-    x = embeddings.word_embeddings(ids).add_(place) if inputs_embeds is None else inputs_embeds + place
-    p = embeddings.dropout.p
-    if not embeddings.training or p == 0:
-        return norm(x)
-    x = F.layer_norm(x, norm.normalized_shape, norm.weight / (1 - p), norm.bias / (1 - p), norm.eps)
-    enough = int(x.numel() * p + 10 * (x.numel() * p) ** 0.5 + 10)  # ten standard deviations above the mean
-    gaps = (torch.rand(enough, device=x.device).neg_().log1p_() / math.log1p(-p)).long() + 1
-    dropped = gaps.cumsum(0) - 1
-    return x.flatten().index_fill(0, dropped[dropped < x.numel()], 0).view_as(x)
+    x = embeddings.word_embeddings(input_ids).add_(place) if inputs_embeds is None else inputs_embeds + place
+    return embeddings.dropout(embeddings.LayerNorm(x))
 
+class Dropout(torch.nn.Dropout):
+    """The same distribution, drawn faster: stock, the random numbers take as long as the rest of a fast training step.
+
+    Not each unit's fate is drawn but the gaps between those that fall out: geometric, and 1/p times fewer.
+    """
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        many = x.numel() * self.p
+        gaps = torch.rand(int(many + 10 * many**0.5 + 10), device=x.device)  # ten standard deviations above the mean
+        gaps = (gaps.neg_().log1p_() / math.log1p(-self.p)).long() + 1
+        dropped = gaps.cumsum(0) - 1
+        dropped = dropped[:torch.searchsorted(dropped, x.numel())]
+        return (x.flatten().index_fill(0, dropped, 0) / (1 - self.p)).view_as(x)
 
 class FirstToken(torch.autograd.Function):
     """x (batch, length, hidden) → x and x[:, 0], whose gradient is added where it belongs, not as a tensor like x."""
@@ -532,7 +503,6 @@ class FirstToken(torch.autograd.Function):
     def backward(context, grad, grad_first):
         grad[:, 0] += grad_first  # grad comes fresh from Attend
         return grad
-
 
 class Attend(torch.autograd.Function):
     """x (b, l, h), score (b, heads, h), mask, keep → Σ_j p_j (b, heads, 1), Σ_j p_j x_j (b, heads, h).
@@ -561,7 +531,6 @@ class Attend(torch.autograd.Function):
 
 # ── Teacher ─────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def load_config(name, setting="TEACHER"):
     """The configuration of the model in the folder or hub repository `name`."""
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -572,7 +541,6 @@ def load_config(name, setting="TEACHER"):
                       "TEACHER_BASE to have a teacher fine-tuned.")
     with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
         return AutoConfig.from_pretrained(name)
-
 
 def load_tokenizer(name, config):
     """The tokenizer in `name`, which must fit the model's `config`."""
@@ -591,7 +559,6 @@ def load_tokenizer(name, config):
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
 
-
 def check_teacher(name, config):
     kind = (config.architectures or ["?ForSequenceClassification"])[0]
     if not kind.endswith("ForSequenceClassification") or config.model_type != "bert":
@@ -600,7 +567,6 @@ def check_teacher(name, config):
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise Problem(f"TEACHER = {name!r}: {config.num_labels} output(s), {config.problem_type or 'regression'}; "
                       "accepted is a classifier that chooses one of two or more labels.")
-
 
 def load_teacher(name):
     """The teacher: frozen, in eval mode, in float32 (transformers 5 otherwise keeps the stored precision)."""
@@ -612,7 +578,6 @@ def load_teacher(name):
                       "the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
     return teacher.eval().requires_grad_(False)
 
-
 @torch.inference_mode()
 def predict(model, loader):
     """Run `model` over `loader`; yields (batch, logits (batch, classes), seconds of the forward pass)."""
@@ -622,16 +587,14 @@ def predict(model, loader):
         logits = model(**{name: tensor for name, tensor in batch.items() if name not in TARGETS}).logits
         yield batch, logits, time.perf_counter() - start
 
-
-def classify(model, tokenizer, texts, tokens=TOKENS):
-    """Text to logits: (texts, classes), in the order of `texts` (a list per text column)."""
-    columns, _ = encode(texts, tokenizer, MAX_LENGTH)
+def classify(model, tokenizer, texts, tokens=None):
+    """Text to logits, (texts, classes), in the order of `texts`, a list per text column."""
+    columns = encode(texts, tokenizer, MAX_LENGTH)
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    batches = list(longest_first([len(row["input_ids"]) for row in rows], tokens))
+    batches = list(longest_first(columns["length"], tokens or TOKENS))
     collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
     logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
     return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
-
 
 def add_soft_labels(data, teacher, collate_fn):
     """Give every split the column soft_labels, softmax(z_T / TEMPERATURE). Returns (data, seconds per split).
@@ -640,7 +603,7 @@ def add_soft_labels(data, teacher, collate_fn):
     and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
     pass in which the teacher saw the sentences, each with its share of its batch.
     """
-    path = Path(CACHE, f"teacher-{model_digest(teacher)}.pt")
+    path = Path(CACHE, f"teacher-{digest(teacher)}.pt")
     known = load_whole(path) or {}  # key → (logits, seconds)
     rows = datasets.concatenate_datasets(list(data.values()))
     new = {key: row for row, key in enumerate(rows["key"]) if key not in known}
@@ -674,7 +637,6 @@ INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
     "spread": lambda n, depth: [round(i * (depth - 1) / max(n - 1, 1)) for i in range(n)],
 }
 
-
 def build_student(teacher):
     """A BertForSequenceClassification like the teacher but with NUM_LAYERS layers, on the CPU."""
     config = copy.deepcopy(teacher.config)
@@ -692,13 +654,11 @@ def build_student(teacher):
         student.load_state_dict({name: weights[source(name)] for name in student.state_dict()})
     return student
 
-
 def count(model):
     return sum(tensor.numel() for tensor in model.parameters())
 
 
 # ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
-
 
 def distillation_loss(logits, hard_labels, soft_labels=None):
     """ALPHA * KL + (1 - ALPHA) * CE, a mean over the batch (Hinton et al. 2015, arXiv:1503.02531).
@@ -712,7 +672,6 @@ def distillation_loss(logits, hard_labels, soft_labels=None):
         return cross_entropy
     kl = F.kl_div(F.log_softmax(logits / TEMPERATURE, dim=-1), soft_labels, reduction="batchmean") * TEMPERATURE**2
     return ALPHA * kl + (1 - ALPHA) * cross_entropy
-
 
 class CustomTrainer(Trainer):
     """A Trainer with the distillation loss, whose loaders keep soft_labels (the stock ones drop them)."""
@@ -729,11 +688,10 @@ class CustomTrainer(Trainer):
                           sampler=shuffled(lengths, self.args.train_batch_size, seed))
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return inference_loader(self.eval_dataset if eval_dataset is None else eval_dataset, self.data_collator)
+        return self.get_test_dataloader(self.eval_dataset if eval_dataset is None else eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
         return inference_loader(test_dataset, self.data_collator)
-
 
 def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
     """A CustomTrainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
@@ -742,9 +700,9 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
             output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
             lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_GRAD_NORM, per_device_train_batch_size=BATCH_SIZE,
-            eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-            remove_unused_columns=False, dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True,
-            log_level="error")
+            eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+            metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
+            dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True, log_level="error")
         trainer = CustomTrainer(model=model, args=args, data_collator=collate_fn, train_dataset=data["train"],
                                 eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(patience)])
     trainer.remove_callback(PrinterCallback)
@@ -753,27 +711,13 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
 
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────
 
-
-class UsedRows(torch.nn.Embedding):
-    """The rows `used` (ids) of an Embedding, still looked up by the ids of the whole; and, last, a row of ones."""
-
-    def __init__(self, whole, used):
-        rows = torch.cat([whole.weight[used], torch.ones_like(whole.weight[:1])]).detach()
-        place = torch.zeros(whole.num_embeddings, dtype=torch.long).index_copy(0, used, torch.arange(len(used)))
-        super().__init__(*rows.shape, None if whole.padding_idx is None else place[whole.padding_idx].item(), _weight=rows)
-        self.place = torch.nn.Buffer(place, persistent=False)
-
-    def forward(self, ids):
-        return super().forward(self.place[ids])
-
-
 @contextlib.contextmanager
 def only_used_rows(model, *splits):
     """Inside, the model's word embeddings hold only the rows of the tokens in `splits`; at the end all are put back.
 
-    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all of them would take most of
-    a step. The result is that of the plain run: the other rows have no gradient, so that AdamW only decays them, all by
-    the same factor, and the row of ones tells at the end which.
+    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all would take most of a step.
+    The result is that of the plain run: the other rows have no gradient, so that AdamW would only decay them, all by
+    the same factor; a last row of ones, which nothing looks up, tells at the end which.
     """
     whole = model.get_input_embeddings()
     used = torch.zeros(whole.num_embeddings, dtype=torch.bool)
@@ -781,7 +725,11 @@ def only_used_rows(model, *splits):
     for rows in splits:
         for batch in rows.select_columns("input_ids").with_format("numpy").iter(10_000):
             used[np.concatenate(batch["input_ids"])] = True
-    small = UsedRows(whole, used.nonzero()[:, 0])
+    place = used.cumsum(0) - 1  # of an id among the rows in use
+    rows = torch.cat([whole.weight[used], torch.ones_like(whole.weight[:1])]).detach()
+    padding_idx = None if whole.padding_idx is None else place[whole.padding_idx].item()
+    small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
+    small.register_forward_pre_hook(lambda module, ids: place[ids[0]])
     model.set_input_embeddings(small)
     try:
         yield
@@ -791,7 +739,6 @@ def only_used_rows(model, *splits):
             whole.weight[used] = small.weight[:-1]
         model.set_input_embeddings(whole)
 
-
 def train(trainer, checkpoint, use_what_is_there=True):
     """The epoch loop: returns the history, a dict per epoch, and leaves the best epoch's weights in trainer.model.
 
@@ -799,47 +746,41 @@ def train(trainer, checkpoint, use_what_is_there=True):
     in each epoch, so that a run which was stopped ends bit for bit like one which was not. Ctrl-C ends training
     in good order, with the best epoch so far; it is passed on if there is none, or without use_what_is_there.
     """
-    recipe = {name: globals()[name] for name in ACCEPTED if name not in ("OUTPUT", "CACHE", "REPORT_TO")}
-    run_name = digest(recipe, trainer.args.num_train_epochs, trainer.args.learning_rate, model_digest(trainer.model),
-                      torch.__version__, *(rows for split in (trainer.train_dataset, trainer.eval_dataset)
-                                           for rows in split.iter(1000)))
-    with only_used_rows(trainer.model, trainer.train_dataset, trainer.eval_dataset):
-        return run_epochs(trainer, checkpoint, run_name, use_what_is_there)
-
-
-def run_epochs(trainer, checkpoint, run_name, use_what_is_there):
     model, args, callbacks = trainer.model, trainer.args, trainer.callback_handler
     epochs = int(args.num_train_epochs)
-    trainer.create_optimizer_and_scheduler(num_training_steps=epochs * len(trainer.get_train_dataloader()))
-    now = load_whole(checkpoint) or {"run": run_name, "history": []}
-    if now["run"] != run_name:
-        say("training", "settings or data differ from those of the last checkpoint: training starts anew")
-        now = {"run": run_name, "history": []}
-    if now["history"]:
-        say("training", f"goes on after epoch {len(now['history'])}")
-        for part, state in (model, "model"), (trainer.optimizer, "optimizer"), (trainer.lr_scheduler, "scheduler"):
-            part.load_state_dict(now[state])
-    trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
-    print(" epoch   train loss     val loss   val accuracy         rate   seconds")
-    for row in now["history"]:
-        judge(trainer, row)
-    try:
-        while len(now["history"]) < epochs and not trainer.control.should_training_stop:
-            row = train_epoch(trainer, len(now["history"]) + 1)
-            best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
-            now = {"run": run_name, "history": now["history"] + [row], "best": best, "model": model.state_dict(),
-                   "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict()}
-            save_whole(checkpoint, now)
-        if trainer.control.should_training_stop:
-            say("training", "stopped early: the validation loss no longer improves")
-    except KeyboardInterrupt:
-        if not now["history"] or not use_what_is_there:
-            raise
-        say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
-    callbacks.on_train_end(args, trainer.state, trainer.control)
-    model.load_state_dict(now["best"])
-    return now["history"]
-
+    recipe = {name: globals()[name] for name in ACCEPTED if name not in ("OUTPUT", "CACHE", "REPORT_TO")}
+    run_name = digest(recipe, epochs, args.learning_rate, model, torch.__version__,
+                      *(rows for split in (trainer.train_dataset, trainer.eval_dataset) for rows in split.iter(1000)))
+    with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset):
+        trainer.create_optimizer_and_scheduler(num_training_steps=epochs * len(trainer.get_train_dataloader()))
+        now = load_whole(checkpoint) or {"run": run_name, "history": []}
+        if now["run"] != run_name:
+            say("training", "settings or data differ from those of the last checkpoint: training starts anew")
+            now = {"run": run_name, "history": []}
+        if now["history"]:
+            say("training", f"goes on after epoch {len(now['history'])}")
+            for part, state in (model, "model"), (trainer.optimizer, "optimizer"), (trainer.lr_scheduler, "scheduler"):
+                part.load_state_dict(now[state])
+        trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
+        print(" epoch   train loss     val loss   val accuracy         rate   seconds")
+        for row in now["history"]:
+            judge(trainer, row)
+        try:
+            while len(now["history"]) < epochs and not trainer.control.should_training_stop:
+                row = train_epoch(trainer, len(now["history"]) + 1)
+                best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
+                now = {"run": run_name, "history": now["history"] + [row], "best": best, "model": model.state_dict(),
+                       "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict()}
+                save_whole(checkpoint, now)
+            if trainer.control.should_training_stop:
+                say("training", "stopped early: the validation loss no longer improves")
+        except KeyboardInterrupt:
+            if not now["history"] or not use_what_is_there:
+                raise
+            say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
+        callbacks.on_train_end(args, trainer.state, trainer.control)
+        model.load_state_dict(now["best"])
+        return now["history"]
 
 def clip_gradients(model, norm):
     """Shorten the gradient, over all parameters, to at most `norm`: clip_grad_norm_, but with a faster norm."""
@@ -847,7 +788,6 @@ def clip_gradients(model, norm):
     found = sum(torch.dot(grad.flatten(), grad.flatten()) for grad in grads).sqrt()
     if found > norm:
         torch._foreach_mul_(grads, norm / found)
-
 
 def training_step(trainer, batch):
     """One step of the optimizer; returns the loss of the batch, a mean over its texts."""
@@ -859,7 +799,6 @@ def training_step(trainer, batch):
     trainer.optimizer.zero_grad()
     trainer.state.global_step += 1
     return loss.item()
-
 
 def train_epoch(trainer, epoch):
     """One pass over the training data and one over the validation data; returns the epoch's row of the history."""
@@ -882,7 +821,6 @@ def train_epoch(trainer, epoch):
     return {"epoch": epoch, "train_loss": total / len(trainer.train_dataset), "val_loss": val_total / texts,
             "val_accuracy": right / texts, "learning_rate": rate, "seconds": seconds}
 
-
 def judge(trainer, row):
     """Show one epoch to the callbacks (early stopping, trackers), then to the user; True if it is the best so far.
 
@@ -903,7 +841,6 @@ def judge(trainer, row):
 
 # ── Plot, report, save ──────────────────────────────────────────────────────────────────────────────────
 
-
 def plot(history, best, path):
     """Train and val loss per epoch; colours (Okabe and Ito's) and line styles that colour-blind people can tell."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -918,7 +855,6 @@ def plot(history, best, path):
     axes.legend()
     figure.savefig(path, dpi=150)
 
-
 def score(predicted, labels, teacher_predicted, seconds):
     """Figures of one model on one split; the first three are label numbers, (n,), the last is inference time."""
     f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
@@ -927,7 +863,6 @@ def score(predicted, labels, teacher_predicted, seconds):
     return {"examples": len(labels), "accuracy": share(predicted == labels), "macro_f1": share(torch.stack(f1)),
             "agreement": share(predicted == teacher_predicted), "seconds": seconds,
             "texts_per_second": len(labels) / max(seconds, 1e-9)}
-
 
 def evaluate(trainer, data, teacher_seconds):
     """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
@@ -940,18 +875,15 @@ def evaluate(trainer, data, teacher_seconds):
         splits["student"][split] = score(torch.cat(logits).argmax(-1), labels, soft.argmax(-1), sum(seconds))
     return splits
 
-
 def hardware():
     """The processor's name, and how many threads torch uses."""
     ask = {"Darwin": "sysctl -n machdep.cpu.brand_string", "Linux": "grep -m1 'model name' /proc/cpuinfo"}
     name = os.popen(ask.get(platform.system(), "")).read().split(":")[-1].strip() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
-
 def public(value):
     """A setting as others may see it: of a path to elsewhere only the last name."""
     return Path(value).name if isinstance(value, str) and value.startswith(("~", "..", os.sep)) else value
-
 
 def table(report):
     """The report as text."""
@@ -965,7 +897,6 @@ def table(report):
     return "\n".join([*lines, "; ".join(sizes), f"On test the student keeps {report['kept']:.1%} of the teacher's "
                       f"accuracy and is {report['speedup']:.1f} times as fast",
                       f"(without tokenization; {report['hardware']})."])
-
 
 CARD = """---
 language: ja
@@ -986,7 +917,6 @@ print(pipeline("text-classification", model="path/to/this/folder")("この店の
 {table}
 ```
 """
-
 
 def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, seconds):
     """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
@@ -1022,7 +952,6 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
 
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────
-
 
 def run():
     """The whole run, as the settings say. Returns the report."""
@@ -1065,7 +994,6 @@ def run():
     say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
     return report
 
-
 def main(argv=None):
     """The command: exit status 0 if a student was saved; else 1 and one message that says what to do."""
     transformers.logging.set_verbosity_error()
@@ -1084,7 +1012,6 @@ def main(argv=None):
 
 # ── Option: a teacher that is still to be made ──────────────────────────────────────────────────────────
 
-
 def find_teacher():
     """(name, recipe): the teacher's folder or hub name; how to make it if it is not there yet, else None."""
     if os.path.exists(TEACHER):
@@ -1099,7 +1026,6 @@ def find_teacher():
             + (" (made before)" if made else ", and is trained first (about a minute)"))
         return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 9, 1e-3, 9)
     return TEACHER, None  # a hub name, or missing: load_config will tell
-
 
 def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     """Fine-tune the base model on the hard labels, with the loop of the student, and save it as `name`."""
@@ -1116,7 +1042,6 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)
     save_folder(name, model, tokenizer)
     checkpoint.unlink()
-
 
 if __name__ == "__main__":
     main()

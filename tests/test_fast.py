@@ -117,6 +117,7 @@ def test_dropout_falls_in_the_same_places(monkeypatch):
         kind = by_key if x.shape[-1] == 9 else by_unit  # (5, 2, 9, 9) or (5, 2, 9); (5, 9, 32) or (5, 32)
         return x * (kind if x.dim() == kind.dim() else kind.unsqueeze(-2))
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    monkeypatch.setattr(distill.Dropout, "forward", torch.nn.Dropout.forward)
     stock, ours = pair(num_hidden_layers=1, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.2, classifier_dropout=0.4)
     stock.set_attn_implementation("eager")
     for model in stock, ours:
@@ -126,23 +127,27 @@ def test_dropout_falls_in_the_same_places(monkeypatch):
     assert seen == [0.3, 0.2, 0.2, 0.4] * 2
 
 
-def test_dropout_of_the_embeddings():
-    """What is kept is the stock value over 1 - p; what falls out has the probability p, each number by itself."""
+@pytest.mark.parametrize("p, shape", [(0.1, (64, 50, 32)), (0.5, (100_000,)), (0.01, (10, 100_000)), (0.9, (300, 300))])
+def test_dropout_keeps_its_distribution(p, shape):
+    """What stays is x / (1 - p); each unit falls out with probability p, independent of its neighbours and of last time."""
     torch.manual_seed(0)
-    _, ours = pair(hidden_dropout_prob=0.1)
-    ids = batch(64, 50)["input_ids"]
-    with torch.no_grad():
-        plain = ours.eval().bert.embeddings(ids)
-        dropped = distill.embed(ours.train().bert.embeddings, ids, None, None)
-        again = distill.embed(ours.bert.embeddings, ids, None, None)
-    kept = dropped != 0
-    assert error(dropped[kept], plain[kept] / (1 - 0.1)) < 2e-5
-    n = kept.numel()
-    assert abs((~kept).float().mean() - 0.1) < 5 * (0.1 * 0.9 / n) ** 0.5
-    assert abs((~kept & (again == 0)).float().mean() - 0.01) < 5 * (0.01 * 0.99 / n) ** 0.5  # drawn anew each time
-    assert abs((~kept[:, 1:] & ~kept[:, :-1]).float().mean() - 0.01) < 5 * (0.01 / n) ** 0.5
-    assert abs((~kept[..., 1:] & ~kept[..., :-1]).float().mean() - 0.01) < 5 * (0.01 / n) ** 0.5
-    assert abs((dropped + again - 2 * plain).mean()) < 5 * plain.abs().mean() * (0.1 / n) ** 0.5
+    dropout, x = distill.Dropout(p), torch.randn(shape).requires_grad_()
+    y, again = dropout(x), dropout(x)
+    out = y == 0
+    assert torch.allclose(y, torch.where(out, 0, x / (1 - p)))
+    y.sum().backward()
+    assert torch.allclose(x.grad, torch.where(out, 0, 1 / (1 - p)))
+    flat = out.flatten()
+    for share, expected in ((flat, p), (flat & (again == 0).flatten(), p**2), (flat[1:] & flat[:-1], p**2), (flat[7:] & flat[:-7], p**2),
+                            (flat[:99], p), (flat[-99:], p)):
+        assert abs(share.double().mean() - expected) < 5 * (expected * (1 - expected) / len(share)) ** 0.5
+    assert dropout.eval()(x) is x and not (distill.Dropout(0.0)(x) == 0).any()
+
+
+def test_every_dropout_of_the_model_is_the_fast_one():
+    _, ours = pair()
+    kinds = [type(module) for module in ours.modules() if isinstance(module, torch.nn.Dropout)]
+    assert kinds == [distill.Dropout] * (1 + 3 * 3 + 1)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1, 1]), torch.tensor([[0], [1], [1]])])
@@ -292,12 +297,13 @@ def japanese():
 
 def same(tokenizer, texts, max_length, pairs=None):
     """Ids, token types and number of cut texts are those of the stock tokenizer; its own ids are returned."""
-    columns, cut = distill.encode([texts] + ([pairs] if pairs else []), tokenizer, max_length)
+    columns = distill.encode([texts] + ([pairs] if pairs else []), tokenizer, max_length)
     expected = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
     assert columns["input_ids"] == expected["input_ids"]
     assert not pairs or columns["token_type_ids"] == expected["token_type_ids"]
     lengths = [len(ids) for ids in tokenizer(texts, pairs, verbose=False)["input_ids"]]
-    assert cut == [row for row, length in enumerate(lengths) if length > max_length]
+    assert columns["cut"] == [length > max_length for length in lengths]
+    assert columns["length"] == list(map(len, columns["input_ids"]))
     return columns["input_ids"]
 
 

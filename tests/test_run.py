@@ -255,10 +255,12 @@ def test_a_stopped_teacher_pass_goes_on(teacher, data, run, monkeypatch):
                 raise RuntimeError("killed")
             yield answer
     monkeypatch.setattr(distill, "predict", killed)
+    monkeypatch.setattr(distill, "TOKENS", 200)
     with pytest.raises(RuntimeError):
         run()
     monkeypatch.setattr(distill, "predict", predict)
-    assert labelled(run()) == (80 - 32, 32)
+    done = sum(calls[1:3])  # the first is the warm-up, the fourth came to nothing
+    assert 0 < done < 80 and labelled(run()) == (80 - done, done)
 
 
 @pytest.mark.parametrize("harm", [lambda content: content[:-100], lambda content: b"",

@@ -1,0 +1,322 @@
+"""How fast is it? Each comparison side by side in one run, alternating, as a ratio of medians.
+
+    python tests/benchmark.py                                  # a random 12-layer teacher, the sample's texts
+    python tests/benchmark.py --teacher DIR --data DIR --json benchmark.json
+    python tests/benchmark.py --only train_step,inference      # some parts; with --json the others stay as they were
+
+Prints a table; FILE of --json is written anew after each part, so that a run that is stopped loses only one.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from transformers import AutoTokenizer, BertConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import distill  # noqa: E402
+
+Stock, Fast = transformers.BertForSequenceClassification, distill.BertForSequenceClassification
+ROUNDS = 5
+LENGTHS = 16, 32, 64, 128, 512
+ROWS = 8192  # of the vocabulary, that a training text uses
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def medians(*functions, rounds=ROUNDS):
+    """Median seconds of each function; they take turns, after one turn that does not count."""
+    for function in functions:
+        function()
+    return [median(times) for times in zip(*([seconds(one) for one in functions] for _ in range(rounds)))]
+
+
+def twice(times):
+    return times[0] / times[1]
+
+
+# ── One batch of 32 texts, hidden size 768, one layer ──
+
+
+def one_layer():
+    """(stock, fast): one-layer models of BERT base's size with the same weights."""
+    torch.manual_seed(0)
+    stock = Stock(BertConfig(vocab_size=32768, num_hidden_layers=1))
+    fast = Fast(stock.config)
+    fast.load_state_dict(stock.state_dict())
+    return stock, fast
+
+
+def batch(length, n=32):
+    ids = torch.randint(5, ROWS, (n, length), generator=torch.Generator().manual_seed(length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(n) % 2,
+            "soft_labels": torch.full((n, 2), 0.5)}
+
+
+def train_step():
+    """A step of the script's own loop: loss, gradients, clipping, AdamW. Stock: stock class, whole vocabulary."""
+    stock, fast = one_layer()
+    table = {"train": [], "val": []}
+    with distill.only_used_rows(fast, datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})):
+        trainers = [distill.make_trainer(model.train(), table, distill.collate, 1, 1e-5, 1) for model in (stock, fast)]
+        for trainer in trainers:
+            trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+        steps = lambda inputs: [lambda trainer=trainer: distill.training_step(trainer, inputs) for trainer in trainers]
+        return {str(length): twice(medians(*steps(batch(length)))) for length in LENGTHS}
+
+
+def inference():
+    models = [model.eval() for model in one_layer()]
+
+    @torch.inference_mode()
+    def run(model, inputs):
+        model(inputs["input_ids"], inputs["attention_mask"])
+
+    runs = lambda inputs: [lambda model=model: run(model, inputs) for model in models]
+    return {str(length): twice(medians(*runs(batch(length)), rounds=3 * ROUNDS)) for length in LENGTHS}
+
+
+# ── A teacher and its data ──
+
+
+def forward_seconds(model, rows, tokens, collate_fn):
+    """Of the forward passes alone, over all rows, as the script's report counts them."""
+    return sum(one for *_, one in distill.predict(model, distill.inference_loader(rows, collate_fn, tokens)))
+
+
+def student_vs_teacher(setup):
+    """texts/s of the student, fast class, over those of the teacher, stock and fast; each with its best batches."""
+    rows, collate_fn = setup.rows, setup.collate_fn
+    few = rows.select(range(0, len(rows), max(1, len(rows) // 400)))
+    models = {"teacher": (setup.stock_teacher, few), "fast teacher": (setup.teacher, few), "student": (setup.student, rows)}
+    best = {name: min((forward_seconds(model, table, tokens, collate_fn), tokens)
+                      for tokens in (512, 1024, 2048, 4096, 8192))[1] for name, (model, table) in models.items()}
+    times = [[forward_seconds(model, table, best[name], collate_fn) / len(table) for name, (model, table) in models.items()]
+             for _ in range(ROUNDS)]
+    speed = dict(zip(models, (1 / median(one) for one in zip(*times))))
+    return {"student_vs_teacher": speed["student"] / speed["teacher"],
+            "student_vs_fast_teacher": speed["student"] / speed["fast teacher"],
+            "texts_per_second": speed, "tokens_per_batch": best}
+
+
+def soft_labels(setup):
+    """Floating-point operations per second of the teacher's pass, of real tokens, over those of a matrix product."""
+    config, few = setup.teacher.config, setup.rows.select(range(0, len(setup.rows), max(1, len(setup.rows) // 1000)))
+    hidden, inner = config.hidden_size, config.intermediate_size
+    linear = 2 * (4 * hidden**2 + 2 * hidden * inner)  # of one token in one layer
+    heads = config.num_attention_heads
+    operations = sum((config.num_hidden_layers - 1) * (length * linear + 4 * length**2 * hidden)
+                     + linear + 4 * length * hidden * heads + 2 * hidden**2  # the last layer, for one token; the pooler
+                     for length in few["length"])
+    a, b = torch.randn(2, 2048, 2048)
+    teacher = lambda: operations / forward_seconds(setup.teacher, few, distill.TOKENS, setup.collate_fn)
+    product = lambda: 2 * 2048**3 / median(seconds(lambda: a @ b) for _ in range(5))
+    teacher(), product()
+    rates = [(teacher(), product()) for _ in range(ROUNDS)]
+    teacher, product = map(median, zip(*rates))
+    return {"soft_labels": teacher / product, "gflops": {"teacher": teacher / 1e9, "matrix product": product / 1e9}}
+
+
+def tokenize(setup):
+    """BertJapaneseTokenizer as it comes, over the script's tokenization, which starts with an empty memory."""
+    def ours():
+        distill.token_ids.cache_clear()
+        distill.encode([setup.texts], setup.tokenizer, distill.MAX_LENGTH)
+
+    stock = lambda: setup.tokenizer(setup.texts, truncation=True, max_length=distill.MAX_LENGTH)
+    times = medians(stock, ours)
+    return {"tokenize": twice(times), "tokenized_per_second": {name: len(setup.texts) / one
+                                                               for name, one in zip(("stock", "fast"), times)}}
+
+
+def end_to_end(setup):
+    """From text to label: ours, over stock tokenizer and stock one-layer model, padding to MAX_LENGTH, batches of 32."""
+    few = setup.texts[:256]
+
+    @torch.inference_mode()
+    def stock():
+        for start in range(0, len(few), 32):
+            inputs = setup.tokenizer(few[start:start + 32], truncation=True, max_length=distill.MAX_LENGTH,
+                                     padding="max_length", return_tensors="pt")
+            setup.stock_student(**inputs).logits.argmax(-1)
+
+    times = medians(stock, lambda: distill.classify(setup.student, setup.tokenizer, [setup.texts], 4096).argmax(-1))
+    return {"end_to_end": times[0] / len(few) / (times[1] / len(setup.texts)), "texts_per_second_end_to_end": {
+        "stock": len(few) / times[0], "fast": len(setup.texts) / times[1]}}
+
+
+def script(arguments, folder):
+    """Run distill.py in `folder`. Returns (its report, wall seconds, peak megabytes)."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, ROOT / "distill.py", *arguments], cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    if status:
+        sys.exit("distill.py failed")
+    peak = usage.ru_maxrss / (1e6 if platform.system() == "Darwin" else 1e3)
+    return json.loads(Path(folder, "distilled_model/report.json").read_text("utf-8")), wall, peak
+
+
+def whole_run(setup):
+    """The script against the textbook way, with as many epochs, on the same data.
+
+    The textbook way: texts padded when they are tokenized, a stock student, the teacher run in compute_loss for each
+    batch of each epoch, no grouping by length; then both evaluated on all splits. Of it, 5 batches of each kind are
+    timed and scaled to the whole. Padding is to MAX_LENGTH, or to the longest text of a batch.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report, ours, _ = script(setup.arguments, folder)
+    sizes = {split: one["examples"] for split, one in report["teacher"]["splits"].items()}
+    size, result = report["settings"]["BATCH_SIZE"], {"stages": report["seconds"] | {"whole run": ours}}
+    generator = random.Random(0)
+    for name, padding in ("whole_run", "max_length"), ("whole_run_padded_to_longest", "longest"):
+        student = copy.deepcopy(setup.stock_student).train()
+        trainer = distill.make_trainer(student, {"train": [], "val": []}, distill.collate, 1, 1e-5, 1)
+        trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+
+        def inputs():
+            return setup.tokenizer(generator.sample(setup.texts, min(size, len(setup.texts))), truncation=True, padding=padding,
+                                   max_length=distill.MAX_LENGTH, return_tensors="pt")
+
+        def train_one(made):
+            with torch.no_grad():
+                soft = setup.stock_teacher(**made).logits.softmax(-1)
+            distill.training_step(trainer, {**made, "labels": torch.zeros(len(soft), dtype=torch.long), "soft_labels": soft})
+
+        @torch.no_grad()
+        def evaluate_one(made):
+            setup.stock_teacher(**made), student(**made)
+
+        made = [inputs() for _ in range(6)]
+        tokenizing = median(seconds(inputs) for _ in range(5))
+        step, look = (median([seconds(lambda: one(batch)) for batch in made][1:]) for one in (train_one, evaluate_one))
+        batches = {split: n / size for split, n in sizes.items()}
+        whole = (sum(batches.values()) * (tokenizing + look)
+                 + report["epochs"] * (batches["train"] * step + batches["val"] * look))
+        result |= {name: whole / ours, f"{name}_seconds": whole}
+    return result
+
+
+def growth(setup):
+    """Seconds (start of Python left out) and peak memory of the script at N, 2N, 4N sentences; small models, one epoch."""
+    generator, texts, runs = random.Random(0), setup.texts, []
+    with tempfile.TemporaryDirectory() as folder:
+        config = BertConfig(**{**setup.teacher.config.to_dict(), "num_hidden_layers": 2, "hidden_size": 64,
+                               "num_attention_heads": 2, "intermediate_size": 128})
+        Stock(config).save_pretrained(Path(folder, "teacher"))
+        setup.tokenizer.save_pretrained(Path(folder, "teacher"))
+        labels = list(config.label2id)
+        for n in (10_000, 20_000, 40_000):
+            for split, rows in ("train", n), ("val", n // 20), ("test", n // 20):
+                made = [generator.choice(texts) + str(generator.randrange(10**6)) for _ in range(rows)]
+                Path(folder, str(n)).mkdir(exist_ok=True)
+                datasets.Dataset.from_dict({"text": made, "label": generator.choices(labels, k=rows)}).to_parquet(
+                    Path(folder, str(n), f"{split}.parquet"))
+        for _ in range(ROUNDS):
+            for n in (10_000, 20_000, 40_000):
+                report, _, peak = script(["--teacher", "teacher", "--data", str(n), "--epochs", "1", "--cache", tempfile.mkdtemp(
+                    dir=folder)], folder)
+                runs.append((n, sum(report["seconds"].values()), peak))
+    of = lambda column: [median(run[column] for run in runs if run[0] == n) for n in (10_000, 20_000, 40_000)]
+    return {"growth": {"sentences": [10_000, 20_000, 40_000], "seconds": of(1), "peak_mb": of(2)}}
+
+
+# ── Main ──
+
+
+class Setup:
+    """The teacher, its data and its students: stock and fast."""
+
+    def __init__(self, teacher, data, folder):
+        if teacher is None:  # random weights: they do not change the speed
+            teacher = Path(folder, "teacher")
+            tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/sample/base")
+            names = {"negative": 0, "positive": 1}
+            Stock(BertConfig(vocab_size=len(tokenizer), hidden_size=384, num_hidden_layers=12, num_attention_heads=12,
+                             intermediate_size=1536, label2id=names, id2label={number: name for name, number in names.items()})
+                  ).save_pretrained(teacher)
+            tokenizer.save_pretrained(teacher)
+        self.arguments = ["--teacher", str(Path(teacher).resolve()), "--data", str(Path(data).resolve())]
+        distill.DATA, distill.CACHE = str(data), str(folder)
+        self.tokenizer = distill.load_tokenizer(str(teacher), distill.load_config(str(teacher)))
+        self.teacher = distill.load_teacher(str(teacher))
+        self.stock_teacher = Stock.from_pretrained(teacher, dtype=torch.float32).eval()
+        self.student = distill.build_student(self.teacher).eval()
+        self.stock_student = Stock(self.student.config).eval()
+        self.stock_student.load_state_dict(self.student.state_dict())
+        splits, _ = distill.load_data(self.teacher.config.label2id)
+        self.texts = splits["test"]["text"][:4000]
+        self.collate_fn = lambda rows: distill.collate(rows, self.tokenizer.pad_token_id)
+        self.rows = distill.tokenize(splits, self.tokenizer)["test"].select(range(len(self.texts)))
+
+
+PARTS = {"train_step": train_step, "inference": inference, "tokenize": tokenize, "end_to_end": end_to_end,
+         "student_vs_teacher": student_vs_teacher, "soft_labels": soft_labels, "whole_run": whole_run, "growth": growth}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", help="folder of a fine-tuned BERT")
+    parser.add_argument("--data", default=str(ROOT / "tests/sample"), help="folder with train, val and test")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    results = json.loads(Path(given.json).read_text()) if given.json and os.path.exists(given.json) else {}
+    with tempfile.TemporaryDirectory() as folder:
+        setup = Setup(given.teacher, given.data, folder)
+        for name in given.only.split(","):
+            alone = name in ("train_step", "inference")
+            results |= {name: PARTS[name]()} if alone else PARTS[name](setup)
+            results["hardware"] = distill.hardware()
+            print(f"{name:<20}", json.dumps({key: value for key, value in results.items() if name in key or key == "stages"
+                                             and name == "whole_run"}), flush=True)
+            if given.json:
+                Path(given.json + ".new").write_text(json.dumps(results, indent=2) + "\n")
+                os.replace(given.json + ".new", given.json)
+    print(table(results))
+
+
+def table(results):
+    """The results as Markdown."""
+    line = lambda what, *values: "| " + " | ".join([what, *values]) + " |"
+    ratio = lambda value: f"{value:.1f} ×"
+    lines = [line("", "ratio"), line("---", "---")]
+    for name, what in ("train_step", "training step"), ("inference", "inference"):
+        lines += [line(f"{what}, {length} tokens", ratio(value)) for length, value in results.get(name, {}).items()]
+    for name, what in (("student_vs_teacher", "student over its teacher, stock"), ("student_vs_fast_teacher", "student over its teacher, fast"),
+                       ("tokenize", "tokenizer over BertJapaneseTokenizer"), ("end_to_end", "from text to label"),
+                       ("soft_labels", "teacher's pass over a matrix product"),
+                       ("whole_run", "whole run, the textbook way padded to MAX_LENGTH"),
+                       ("whole_run_padded_to_longest", "whole run, the textbook way padded to the longest")):
+        if name in results:
+            lines.append(line(what, f"{results[name]:.2f}" if name == "soft_labels" else ratio(results[name])))
+    if "growth" in results:
+        lines.append(line("10,000 / 20,000 / 40,000 sentences", ", ".join(
+            f"{one:.0f} s {mb:.0f} MB" for one, mb in zip(results["growth"]["seconds"], results["growth"]["peak_mb"]))))
+    return "\n".join([*lines, "", results.get("hardware", "")])
+
+
+if __name__ == "__main__":
+    main()
