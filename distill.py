@@ -452,7 +452,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         for layer in bert.encoder.layer[:-1]:
             x = layer(x, None if mask is None else mask[:, None])
 
-        layer, (x, first) = bert.encoder.layer[-1], FirstToken.apply(x)
+        layer, first = bert.encoder.layer[-1], x[:, 0]
         attention = layer.attention.self
         heads, size = attention.num_attention_heads, attention.attention_head_size
         by_head = lambda linear: linear.weight.view(heads, size, -1)
@@ -492,18 +492,6 @@ class Dropout(torch.nn.Dropout):
         dropped = dropped[:torch.searchsorted(dropped, x.numel())]
         return (x.flatten().index_fill(0, dropped, 0) / (1 - self.p)).view_as(x)
 
-class FirstToken(torch.autograd.Function):
-    """x (batch, length, hidden) → x and x[:, 0], whose gradient is added where it belongs, not as a tensor like x."""
-
-    @staticmethod
-    def forward(context, x):
-        return x.view_as(x), x[:, 0].clone()
-
-    @staticmethod
-    def backward(context, grad, grad_first):
-        grad[:, 0] += grad_first  # grad comes fresh from Attend
-        return grad
-
 class Attend(torch.autograd.Function):
     """x (b, l, h), score (b, heads, h), mask, keep → Σ_j p_j (b, heads, 1), Σ_j p_j x_j (b, heads, h).
 
@@ -540,7 +528,15 @@ def load_config(name, setting="TEACHER"):
         raise Problem(f"{setting} = {name!r}: no such folder. Put your fine-tuned model there, name its folder, or set "
                       "TEACHER_BASE to have a teacher fine-tuned.")
     with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
-        return AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+    kind, outputs = (config.architectures or ["?ForSequenceClassification"])[0], config.num_labels
+    if setting == "TEACHER" and (not kind.endswith("ForSequenceClassification") or config.model_type != "bert"):
+        raise Problem(f"TEACHER = {name!r}: is a {kind} of the family {config.model_type!r}; accepted is a fine-tuned "
+                      "BertForSequenceClassification. To fine-tune a BERT first, name it in TEACHER_BASE.")
+    if setting == "TEACHER" and (outputs < 2 or config.problem_type not in (None, "single_label_classification")):
+        raise Problem(f"TEACHER = {name!r}: {outputs} output(s), {config.problem_type or 'regression'}; accepted is a "
+                      "classifier that chooses one of two or more labels.")
+    return config
 
 def load_tokenizer(name, config):
     """The tokenizer in `name`, which must fit the model's `config`."""
@@ -558,15 +554,6 @@ def load_tokenizer(name, config):
         raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the teacher takes at most {config.max_position_embeddings} tokens.")
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     return tokenizer
-
-def check_teacher(name, config):
-    kind = (config.architectures or ["?ForSequenceClassification"])[0]
-    if not kind.endswith("ForSequenceClassification") or config.model_type != "bert":
-        raise Problem(f"TEACHER = {name!r}: is a {kind} of the family {config.model_type!r}; accepted is a fine-tuned "
-                      "BertForSequenceClassification. To fine-tune a BERT first, name it in TEACHER_BASE.")
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-        raise Problem(f"TEACHER = {name!r}: {config.num_labels} output(s), {config.problem_type or 'regression'}; "
-                      "accepted is a classifier that chooses one of two or more labels.")
 
 def load_teacher(name):
     """The teacher: frozen, in eval mode, in float32 (transformers 5 otherwise keeps the stored precision)."""
@@ -963,8 +950,6 @@ def run():
 
     name, recipe = find_teacher()
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
-    if not recipe:
-        check_teacher(name, config)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
     collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     data, label2id = load_data(None if recipe else config.label2id)
@@ -1024,7 +1009,7 @@ def find_teacher():
         made = os.path.isdir(name)
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
-        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 9, 1e-3, 9)
+        return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 6, 1e-3, 6)
     return TEACHER, None  # a hub name, or missing: load_config will tell
 
 def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):

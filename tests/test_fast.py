@@ -60,8 +60,8 @@ def compare(stock, ours, inputs, logits, gradients):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12])
-@pytest.mark.parametrize("n, length, padding", [(1, 1, "none"), (33, 1, "none"), (1, 2, "none"), (33, 2, "some"), (33, 19, "tails"),
-                                                (1, 512, "none"), (3, 512, "some"), (2, 512, "tails")])
+@pytest.mark.parametrize("n, length, padding", [(1, 1, "none"), (33, 2, "some"), (33, 19, "tails"), (1, 512, "none"),
+                                                (2, 512, "tails")])
 def test_logits_and_gradients_are_those_of_the_stock_model(layers, n, length, padding):
     for dtype, logits, gradients in (torch.float32, 1e-5, 1e-4), (torch.float64, 1e-10, 1e-10):
         stock, ours = (model.to(dtype).eval() for model in pair(num_hidden_layers=layers))
