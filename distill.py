@@ -433,8 +433,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
     def __init__(self, config):
         super().__init__(config)
         for module in self.modules():
-            if type(module) is torch.nn.Dropout:
-                module.__class__ = Dropout
+            module.__class__ = FASTER.get(type(module), type(module))
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
                 labels=None, **more):
@@ -491,6 +490,16 @@ class Dropout(torch.nn.Dropout):
         dropped = gaps.cumsum(0) - 1
         dropped = dropped[:torch.searchsorted(dropped, x.numel())]
         return (x.flatten().index_fill(0, dropped, 0) / (1 - self.p)).view_as(x)
+
+class Linear(torch.nn.Linear):
+    """The same sum, as W xᵀ instead of x Wᵀ where x has few rows: a third faster with MKL."""
+
+    def forward(self, x):
+        if x.dim() != 2 or len(x) > 64:
+            return super().forward(x)
+        return torch.addmm(self.bias[:, None], self.weight, x.t()).t().contiguous()
+
+FASTER = {torch.nn.Dropout: Dropout, torch.nn.Linear: Linear}
 
 class Attend(torch.autograd.Function):
     """x (b, l, h), score (b, heads, h), mask, keep → Σ_j p_j (b, heads, 1), Σ_j p_j x_j (b, heads, h).
