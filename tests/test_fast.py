@@ -159,7 +159,7 @@ def test_labels_give_the_stock_loss(labels):
     for model in stock, ours:
         model.config.problem_type = "multi_label_classification"
     one, other = (model(**batch(3, 5), labels=torch.ones(3, 2)).loss for model in (stock, ours))
-    assert torch.equal(one, other)
+    assert error(other, one) < 1e-5
 
 
 @pytest.mark.parametrize("more", [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False},
@@ -172,14 +172,14 @@ def test_what_needs_every_token_gets_the_stock_forward(more):
     assert type(one) is type(other) and len(one) == len(other)
     flat = lambda value: [value] if torch.is_tensor(value) else [leaf for part in value for leaf in flat(part)]
     values = [flat(result.to_tuple() if hasattr(result, "to_tuple") else result) for result in (one, other)]
-    assert all(map(torch.equal, *values))
+    assert all(error(other, one) < 1e-5 for one, other in zip(*values))
 
 
 def test_configured_outputs_and_a_mask_by_pairs_of_tokens_get_the_stock_forward():
     stock, ours = (model.eval() for model in pair())
     inputs = batch(3, 5)
     inputs["attention_mask"] = torch.tril(torch.ones(3, 5, 5)).bool()[:, None]
-    assert torch.equal(*(model(**inputs).logits for model in (stock, ours)))
+    assert error(*(model(**inputs).logits for model in (ours, stock))) < 1e-5
     for model in stock, ours:
         model.config.output_hidden_states = True
     assert len(ours(**batch(3, 5)).hidden_states) == 4
