@@ -88,15 +88,15 @@ class Problem(Exception):
 def text(value):
     return isinstance(value, str) and value.strip() != ""
 
-def number(low, high=math.inf, kinds=(int, float)):
-    """A test: is a value a number of these kinds, low <= value <= high?"""
-    return lambda value: type(value) in kinds and math.isfinite(value) and low <= value <= high
+def number(low, high=sys.float_info.max, kinds=(int, float)):
+    """A test: is a value a number of these kinds, low <= value <= high? NaN and infinity are not."""
+    return lambda value: type(value) in kinds and low <= value <= high
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
     ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN OUTPUT CACHE REPORT_TO", "a text", text),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN", "a text or None", lambda value: value is None or text(value)),
     ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE", "a whole number from 1", number(1, kinds=[int])),
-    ("TEACHER_LEARNING_RATE LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0", number(5e-324)),
+    ("TEACHER_LEARNING_RATE LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
     ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
     ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
     ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
@@ -476,7 +476,7 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
     return embeddings.dropout(embeddings.LayerNorm(x))
 
 class Dropout(torch.nn.Dropout):
-    """The same distribution, drawn faster: stock, the random numbers take as long as the rest of a fast training step.
+    """The same distribution, drawn faster: stock, random numbers would take a fifth of a training step or more.
 
     Not each unit's fate is drawn but the gaps between those that fall out: geometric, and 1/p times fewer.
     """
@@ -492,7 +492,7 @@ class Dropout(torch.nn.Dropout):
         return (x.flatten().index_fill(0, dropped, 0) / (1 - self.p)).view_as(x)
 
 class Linear(torch.nn.Linear):
-    """The same sum, as W xᵀ instead of x Wᵀ where x has few rows: a third faster with MKL."""
+    """The same sum, as W xᵀ instead of x Wᵀ where x has few rows: a third less time, with MKL."""
 
     def forward(self, x):
         if x.dim() != 2 or len(x) > 64:
@@ -711,7 +711,7 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate, patience):
 def only_used_rows(model, *splits):
     """Inside, the model's word embeddings hold only the rows of the tokens in `splits`; at the end all are put back.
 
-    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all would take most of a step.
+    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all would take much of a step.
     The result is that of the plain run: the other rows have no gradient, so that AdamW would only decay them, all by
     the same factor; a last row of ones, which nothing looks up, tells at the end which.
     """

@@ -338,7 +338,7 @@ def test_ids_of_other_japanese_tokenizers(options):
 
 def test_ids_of_a_tokenizer_that_is_fast_already(japanese):
     japanese.save_pretrained("vocabulary")
-    tokenizer = transformers.BertTokenizerFast(vocab="vocabulary/vocab.txt") if Path("vocabulary/vocab.txt").exists() else None
+    tokenizer = transformers.BertTokenizerFast(vocab="vocabulary/vocab.txt")
     texts = ["hello world", "部屋は広い", "a " * 50]
     same(tokenizer, texts, 16)
     same(tokenizer, texts, 16, texts[::-1])
