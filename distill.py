@@ -10,14 +10,13 @@ Writes  OUTPUT: the student with its tokenizer, a model card, report.json, histo
         moment, goes on where it was. It can be deleted at any time.
 """
 
-import argparse, ast, contextlib, copy, functools, hashlib, importlib.util, io, itertools, json, logging, math, os, platform
-import re, shutil, sys, tempfile, time, unicodedata, warnings
+import argparse, ast, contextlib, copy, functools, hashlib, importlib.util, io, itertools, json, logging, math, os
+import platform, re, shutil, sys, tempfile, time, unicodedata, warnings
 from collections import Counter
 from pathlib import Path
 
 try:
     import datasets
-    import huggingface_hub
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -69,10 +68,10 @@ OUTPUT = "./distilled_model"  # the student's folder
 CACHE = "./.distill_cache"  # soft labels and checkpoints
 REPORT_TO = "none"  # or "tensorboard", "wandb", … : any tracker that transformers knows
 EXPORT = None  # also write the student as a graph for other programs: "pt2" (torch.export) or "onnx"
-QUANTIZE = None  # "int8": also write the student with 8-bit weights
+QUANTIZE = None  # "int8": also write an ONNX graph with 8-bit weights
 # More text, labelled by the teacher alone
 UNLABELED = None  # texts without labels: a file (.txt: one a line) or a folder of files
-AUGMENT = 0  # copies of each training text with some words masked or left out; more helps small data most
+AUGMENT = 0  # copies of each training text, with some words masked or left out
 AUGMENT_MASK = 0.1  # in a copy, the probability of each word to become [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
 GENERATOR = None  # masked-language model that fills in the masked words; None: they stay [MASK]
@@ -185,7 +184,6 @@ def check_settings():
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
 
-
 # ── Files: written whole or not at all ──────────────────────────────────────────────────────────────────
 
 def save_whole(path, content):
@@ -227,15 +225,14 @@ def digest(*parts):
     for part in parts:
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
-                state.update(tensor.contiguous().numpy())
-            config = part.config.to_dict() if hasattr(part, "config") else {}
+                state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            config = part.config.to_dict() if isinstance(part, transformers.PreTrainedModel) else {}
             part = {name: value for name, value in config.items() if name != "transformers_version"}
         state.update(repr(part).encode("utf-8", "surrogatepass"))
     return state.hexdigest()[:24]
 
 def say(stage, message):
     print(f"{stage:<9} {message}", flush=True)
-
 
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -359,8 +356,8 @@ def token_ids(tokenizer):
     def ids(text):
         if isinstance(text, str) and special.search(text):
             return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
-        cut_before = text if isinstance(text, list) else words(text, never_split=never_split)
-        return [piece for word in cut_before for piece in pieces(word)]
+        already_cut = text if isinstance(text, list) else words(text, never_split=never_split)
+        return [piece for word in already_cut for piece in pieces(word)]
 
     return ids
 
@@ -374,7 +371,6 @@ def encode(texts, tokenizer, max_length):
     Returns lists: input_ids (, token_type_ids, for pairs), length, and cut, whether max_length cut the text.
     """
     options = dict(return_attention_mask=False, return_token_type_ids=len(texts) > 1)
-    cutting = dict(options, truncation=True, max_length=max_length)
     if cuts_words(tokenizer):
         rows = list(zip(*(map(token_ids(tokenizer), column) for column in texts)))
         numbers = [[-1 - column] for column in range(len(texts))]  # stand for the texts among the special tokens
@@ -383,17 +379,23 @@ def encode(texts, tokenizer, max_length):
         columns = {"input_ids": [[one for place in frame for one in part(row, place)] for row in rows]}
         if len(texts) > 1:
             columns["token_type_ids"] = [tokenizer.create_token_type_ids_from_sequences(*row) for row in rows]
-        shorter = lambda row: tokenizer.prepare_for_model(*rows[row], **cutting)
+        again = tokenizer.prepare_for_model
     else:
         join = lambda text: text if isinstance(text, str) else "".join(word or tokenizer.mask_token for word in text)
-        texts = [list(map(join, column)) for column in texts]
-        columns = dict(tokenizer(*texts, verbose=False, **options))
-        shorter = lambda row: tokenizer(*(column[row] for column in texts), **cutting)
+        rows = list(zip(*(map(join, column) for column in texts)))
+        columns, again = dict(tokenizer(*map(list, zip(*rows)), verbose=False, **options)), tokenizer
     cut = [len(ids) > max_length for ids in columns["input_ids"]]
     for row in itertools.compress(range(len(cut)), cut):
-        for name, value in shorter(row).items():
+        for name, value in again(*rows[row], truncation=True, max_length=max_length, **options).items():
             columns[name][row] = value
     return {**columns, "length": list(map(len, columns["input_ids"])), "cut": cut}
+
+def map_rows(rows, function, **options):
+    """Dataset.map into a file of its own in CACHE: it never takes an older result, and writes nothing beside DATA."""
+    Path(CACHE, "tmp").mkdir(exist_ok=True)
+    name = f"rows-{time.monotonic_ns()}"
+    path = str(Path(CACHE, "tmp", f"{name}.arrow"))
+    return rows.map(function, batched=True, new_fingerprint=name, cache_file_name=path, **options)
 
 def tokenize(data, tokenizer, student_tokenizer=None):
     """Texts → input_ids (, token_type_ids), length, and key, a name for these ids. Nothing is padded here.
@@ -405,15 +407,11 @@ def tokenize(data, tokenizer, student_tokenizer=None):
         keys = {"key": [digest(*row) for row in zip(*(made[name] for name in made if name.endswith("ids")))]}
         return made | keys | {f"student_{name}": values for other in others for name, values in other.items()}
 
-    Path(CACHE, "tmp").mkdir(exist_ok=True)
+    tokenizers = [tokenizer] + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))
+    given = dict(columns=text_columns(), tokenizers=tokenizers, max_length=MAX_LENGTH)
     for split, rows in data.items():
-        name = f"{split}-{time.monotonic_ns()}"
-        data[split] = rows.map(
-            add, batched=True, remove_columns=text_columns(), new_fingerprint=name,
-            num_proc=min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count()) or None,
-            fn_kwargs=dict(columns=text_columns(), max_length=MAX_LENGTH, tokenizers=[tokenizer]
-                           + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))),
-            cache_file_name=str(Path(CACHE, "tmp", f"{name}.arrow")))
+        processes = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count()) or None
+        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=processes, fn_kwargs=given)
     lengths, cut = (np.concatenate([rows[name] for rows in data.values()]) for name in ("length", "cut"))
     say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
         f"cut to MAX_LENGTH = {MAX_LENGTH}")
@@ -460,7 +458,6 @@ def shuffled(lengths, batch_size, seed):
     full = len(order) // batch_size * batch_size
     batches = generator.permutation(order[:full].reshape(-1, batch_size))
     return np.concatenate([batches.ravel(), order[full:]]).tolist()
-
 
 # ── Model ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -548,7 +545,6 @@ class Linear(torch.nn.Linear):
 
 FASTER = {torch.nn.Dropout: Dropout, torch.nn.Linear: Linear}
 
-
 # ── Teacher ─────────────────────────────────────────────────────────────────────────────────────────────
 
 def load_config(name, setting="TEACHER"):
@@ -557,8 +553,9 @@ def load_config(name, setting="TEACHER"):
         raise Problem(f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). Save one into "
                       "it with model.save_pretrained, or name another folder.")
     if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        raise Problem(f"{setting} = {name!r}: no such folder. Put your fine-tuned model there, name its folder, or set "
-                      "TEACHER_BASE to have a teacher fine-tuned.")
+        advice = {"TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to have a teacher "
+                  "fine-tuned", "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name'}
+        raise Problem(f"{setting} = {name!r}: no such folder. {advice.get(setting, 'Name a folder or a hub model')}.")
     with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
         config = AutoConfig.from_pretrained(name)
     kind, outputs = (config.architectures or ["?ForSequenceClassification"])[0], config.num_labels
@@ -628,27 +625,21 @@ def add_soft_labels(data, teacher, collate_fn):
     rows = datasets.concatenate_datasets(list(data.values()))
     new = {key: row for row, key in enumerate(rows["key"]) if key not in known}
     if new:
-        loader = inference_loader(rows.select(list(new.values())), collate_fn)
-        names, saved = list(new), time.monotonic()
-        keys = (names[row] for batch in loader.batch_sampler for row in batch)
+        loader, keys, saved = inference_loader(rows.select([*new.values()]), collate_fn), [*new], time.monotonic()
         next(predict(teacher, loader))  # warm-up
-        try:
-            with tqdm(total=len(new), desc="teacher", leave=False, disable=None) as bar:
-                for _, logits, seconds in predict(teacher, loader):
-                    known |= {next(keys): (row, seconds / len(logits)) for row in logits.tolist()}
-                    bar.update(len(logits))
-                    if time.monotonic() - saved > 60:
-                        save_whole(path, known)
-                        saved = time.monotonic()
-        finally:
-            save_whole(path, known)
+        passes = tqdm(predict(teacher, loader), total=len(loader), desc="teacher", leave=False, disable=None)
+        for numbers, (_, logits, seconds) in zip(loader.batch_sampler, passes):
+            known |= {keys[number]: (row, seconds / len(numbers)) for number, row in zip(numbers, logits.tolist())}
+            if time.monotonic() - saved > 60:
+                save_whole(path, known)
+                saved = time.monotonic()
+        save_whole(path, known)
     say("teacher", f"labelled {len(new):,} texts; {len(set(rows['key'])) - len(new):,} were in the cache")
     for split, rows in data.items():
         logits, seconds = zip(*(known[key] for key in rows["key"]))
         soft_labels = torch.tensor(logits) if LOGIT_LOSS == "mse" else F.softmax(torch.tensor(logits) / TEMPERATURE, -1)
         data[split] = rows.add_column("soft_labels", soft_labels.tolist()).add_column("teacher_seconds", seconds)
     return data
-
 
 # ── Student ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -659,7 +650,7 @@ INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
 }
 
 def build_student(teacher):
-    """A BertForSequenceClassification of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT; on the CPU."""
+    """A BertForSequenceClassification of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT."""
     source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
     config, depth = copy.deepcopy(source.config), source.config.num_hidden_layers
     config.num_hidden_layers = NUM_LAYERS
@@ -668,16 +659,12 @@ def build_student(teacher):
     if STUDENT_INIT != "random":  # embeddings, pooler and classifier too
         layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
         if min(layers) < 0 or max(layers) >= depth:
-            raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers 0 to "
-                          f"{depth - 1}.")
+            raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
+                          f"0 to {depth - 1}.")
         weights = source.state_dict()
         name_there = lambda name: re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str(layers[int(number[0])]), name)
         student.load_state_dict({name: weights[name_there(name)] for name in student.state_dict()})
     return student
-
-def count(model):
-    return sum(tensor.numel() for tensor in model.parameters())
-
 
 # ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
 
@@ -735,7 +722,6 @@ def make_trainer(model, data, collate_fn, epochs, learning_rate, patience, kind=
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-
 # ── Training ────────────────────────────────────────────────────────────────────────────────────────────
 
 @contextlib.contextmanager
@@ -775,9 +761,10 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
     """
     model, args, callbacks = trainer.model, trainer.args, trainer.callback_handler
     epochs = int(args.num_train_epochs)
-    settings = {name: globals()[name] for name in ACCEPTED if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
+    settings = {name: globals()[name] for name in ACCEPTED
+                if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
     run_name = digest(settings, *recipe, epochs, args.learning_rate, model, torch.__version__,
-                      *(batch for rows in (trainer.train_dataset, trainer.eval_dataset)  # seconds are not part of what is trained
+                      *(batch for rows in (trainer.train_dataset, trainer.eval_dataset)
                         for batch in rows.remove_columns({*rows.column_names} & {"teacher_seconds"}).iter(1000)))
     ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
     with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours else contextlib.nullcontext():
@@ -863,7 +850,6 @@ def judge(trainer, row):
           .format(**row), "best" * is_best, flush=True)
     return is_best
 
-
 # ── Plot, report, save ──────────────────────────────────────────────────────────────────────────────────
 
 def plot(history, best, path):
@@ -874,7 +860,7 @@ def plot(history, best, path):
         axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, color=colour,
                   label=name.replace("_", " "))
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
-    axes.set(xlabel="epoch", ylabel=f"loss = {ALPHA:g} KL + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}")
+    axes.set(xlabel="epoch", ylabel=f"loss = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -923,19 +909,24 @@ def table(report):
                       f"accuracy and is {report['speedup']:.1f} times as fast",
                       f"(without tokenization; {report['hardware']})."])
 
+USE = {
+    "bert": """from transformers import pipeline
+print(pipeline("text-classification", model="path/to/this/folder")("この店の料理は美味しい。"))""",
+    "bilstm": """from distill import load_student
+print(load_student("path/to/this/folder")(["この店の料理は美味しい。"]))""",
+}
 CARD = """---
 language: ja
 pipeline_tag: text-classification
 library_name: transformers
 ---
-# A BERT classifier of {NUM_LAYERS} layer(s), distilled
+# A small text classifier ({STUDENT}), distilled
 
 Distilled from `{teacher}` on `{DATA}` by distill.py, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
 It shares its teacher's faults: measure it on texts of your own before you rely on it.
 
 ```python
-from transformers import pipeline
-print(pipeline("text-classification", model="path/to/this/folder")("この店の料理は美味しい。"))
+{use}
 ```
 
 ```
@@ -950,14 +941,10 @@ def write_report(report, folder):
 def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, seconds):
     """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
     test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
-    folder = teacher_name if os.path.isdir(teacher_name) else \
-        huggingface_hub.snapshot_download(teacher_name, local_files_only=True)
-    files = lambda folder, pattern: list(Path(folder).glob(pattern))
-    size = lambda folder: sum(file.stat().st_size for file in files(folder, "model*.safetensors")
-                              or files(folder, "pytorch_model*.bin"))
+    about = lambda model, splits: {"parameters": model.num_parameters(), "bytes": model.get_memory_footprint(),
+                                   "splits": splits}
     report = {
-        "teacher": {"parameters": count(teacher), "bytes": size(folder), "splits": splits["teacher"]},
-        "student": {"parameters": count(trainer.model), "bytes": None, "splits": splits["student"]},
+        "teacher": about(teacher, splits["teacher"]), "student": about(trainer.model, splits["student"]),
         "kept": test["student"]["accuracy"] / max(test["teacher"]["accuracy"], 1e-9),
         "speedup": test["teacher"]["seconds"] / max(test["student"]["seconds"], 1e-9),
         "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
@@ -968,8 +955,7 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
     }
 
     def more(new):
-        report["student"]["bytes"] = size(new)
-        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
+        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report), use=USE[STUDENT])
         lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
         (new / "README.md").write_text(card, "utf-8")
         write_report(report, new)
@@ -978,7 +964,6 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
 
     save_folder(OUTPUT, trainer.model, tokenizer, more)
     return report
-
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1013,7 +998,8 @@ def run():
         tokenizer, data = student_tokenizer, {split: with_student_ids(rows) for split, rows in data.items()}
         collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     print(student)
-    say("student", f"{count(student):,} parameters on {student.device}; the teacher has {count(teacher):,}")
+    say("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
+        f"{teacher.num_parameters():,}")
     learning_rate = LEARNING_RATE if STUDENT == "bert" else BILSTM_LEARNING_RATE
     trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE)
     history = train(trainer, Path(CACHE, "checkpoint.pt"))
@@ -1049,7 +1035,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
 
-
 # ── Option: a teacher that is still to be made ──────────────────────────────────────────────────────────
 
 def find_teacher():
@@ -1083,7 +1068,6 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     save_folder(name, model, tokenizer)
     checkpoint.unlink()
 
-
 # ── Option: more text for the teacher to label ──────────────────────────────────────────────────────────
 
 def more_text(rows, tokenizer):
@@ -1095,20 +1079,20 @@ def more_text(rows, tokenizer):
         found = [read_file(file) for file in files if file.is_file()]
         if not found or any(set(text_columns()) - set(one.column_names) for one in found):
             raise Problem(f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without the column(s) "
-                          f"{', '.join(text_columns())}. Accepted are {', '.join(READERS)}; in .txt each line is a text.")
+                          f"{', '.join(text_columns())}. Accepted are {', '.join(READERS)}; .txt has a text a line.")
         strings = datasets.Features(dict.fromkeys(text_columns(), datasets.Value("string")))
         found = datasets.concatenate_datasets([one.select_columns(text_columns()).cast(strings) for one in found])
-        more["unlabeled"] = found.filter(lambda row: all(map(text, row.values())))
-        more["unlabeled"] = more["unlabeled"].add_column("labels", [NO_LABEL] * len(more["unlabeled"]))
+        found = found.select([number for number, row in enumerate(found) if all(map(text, row.values()))])
+        more["unlabeled"] = found.add_column("labels", [NO_LABEL] * len(found))
     if AUGMENT:
-        more["copies"] = rows.map(copies, batched=True, with_indices=True, remove_columns=rows.column_names,
-                                  fn_kwargs=dict(words=word_cutter(tokenizer)), new_fingerprint=digest(time.monotonic_ns()))
+        more["copies"] = map_rows(rows, copies, with_indices=True, remove_columns=rows.column_names,
+                                  fn_kwargs=dict(words=word_cutter(tokenizer)))
         if GENERATOR:
             more["copies"] = fill_in(more["copies"])
     return more
 
 def word_cutter(tokenizer):
-    """A function: text → its words; with the white space before them unless the tokenizer starts from words itself."""
+    """A function: text → its words; with the white space before them unless the tokenizer itself cuts words."""
     if cuts_words(tokenizer):
         return tokenizer.word_tokenizer.tokenize
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
@@ -1153,18 +1137,21 @@ def fill_in(rows):
     def fill(batch, numbers):
         draw = torch.Generator().manual_seed(SEED + numbers[0])
         for column in text_columns():
-            inputs = collate([dict(input_ids=ids) for ids in encode([batch[column]], tokenizer, MAX_LENGTH)["input_ids"]],
-                             tokenizer.pad_token_id)
+            ids = encode([batch[column]], tokenizer, MAX_LENGTH)["input_ids"]
+            inputs = collate([{"input_ids": one} for one in ids], tokenizer.pad_token_id)
             masked = inputs["input_ids"] == tokenizer.mask_token_id
+            if not masked.any():
+                continue
             scores = model(**inputs).logits[masked].softmax(-1)
             scores[:, tokenizer.all_special_ids] = 0
-            drawn = iter(torch.multinomial(scores, 1, generator=draw).flatten().tolist()) if masked.any() else iter(())
-            for text, left in zip(batch[column], masked.sum(1).tolist()):
-                for place in [place for place, word in enumerate(text) if word is None][:left]:
-                    text[place] = tokenizer.convert_ids_to_tokens(next(drawn)).removeprefix("##")
+            drawn = torch.multinomial(scores, 1, generator=draw).flatten().split(masked.sum(1).tolist())
+            for text, ids in zip(batch[column], drawn):
+                places = [place for place, word in enumerate(text) if word is None]
+                for place, word in zip(places, tokenizer.convert_ids_to_tokens(ids)):
+                    text[place] = word.removeprefix("##")
         return batch
 
-    return rows.map(fill, batched=True, batch_size=BATCH_SIZE, with_indices=True)
+    return map_rows(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
 
 def merge(data):
     """Put the texts without hard labels behind those of train, each text once and none that has a label."""
@@ -1179,7 +1166,6 @@ def merge(data):
             rows = rows.select(sorted(new.values())).cast(data["train"].features)
             data["train"] = datasets.concatenate_datasets([data["train"], rows])
     return data
-
 
 # ── Option: other students ──────────────────────────────────────────────────────────────────────────────
 
@@ -1295,11 +1281,11 @@ def build_bilstm(teacher, tokenizer, teacher_tokenizer):
     transformers.set_seed(SEED)
     student = BiLSTM(config)
     if STUDENT_INIT == "teacher":
-        words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        pieces = [teacher_tokenizer(word, add_special_tokens=False)["input_ids"] or [teacher_tokenizer.unk_token_id]
-                  for word in words]
-        known = teacher.get_input_embeddings().weight
-        vectors = torch.stack([known[ids].mean(0) for ids in pieces])
+        pieces = [[number] for number in range(len(tokenizer))]
+        if tokenizer is not teacher_tokenizer:
+            pieces = [teacher_tokenizer(word, add_special_tokens=False)["input_ids"] or [teacher_tokenizer.unk_token_id]
+                      for word in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        vectors = torch.stack([teacher.get_input_embeddings().weight[ids].mean(0) for ids in pieces])
         vectors -= vectors.mean(0)
         vectors = (vectors @ torch.linalg.eigh(vectors.T @ vectors)[1].flip(1))[:, :BILSTM_EMBEDDING]
         with torch.no_grad():
@@ -1310,7 +1296,6 @@ STUDENTS = {  # STUDENT → a function: teacher, the student's and the teacher's
     "bert": lambda teacher, *tokenizers: build_student(teacher),
     "bilstm": build_bilstm,
 }
-
 
 # ── Option: the student as a graph for other programs ───────────────────────────────────────────────────
 
@@ -1325,7 +1310,7 @@ class Graph(torch.nn.Module):
         return self.student(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
 
 def write_graphs(graph, example, folder):
-    """Export as EXPORT and QUANTIZE say, with free batch and length. Returns {file name: a function: inputs → logits}."""
+    """Export as EXPORT and QUANTIZE say, with free batch and length → {file name: a function: inputs → logits}."""
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=MAX_LENGTH)}
     how = dict(kwargs=example, dynamic_shapes=dict.fromkeys(example, free))
     path = f"{folder}/student.{EXPORT}"
@@ -1358,43 +1343,35 @@ def export(student, rows, collate_fn):
     (8-bit weights do not: there the accuracy tells). Milliseconds per batch of 1 and of 32 texts, taking turns.
     """
     graph, inputs = Graph(student).eval(), lambda batch: {name: batch[name] for name in batch if name not in TARGETS}
-    figures, batches = {}, list(inference_loader(rows, collate_fn))
-    labels = torch.cat([batch["labels"] for batch in batches])
-    with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
-        with explain(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None"), \
-                warnings.catch_warnings(action="ignore"):
-            logging.disable(logging.WARNING)
-            example = next(iter(DataLoader(rows, 8, collate_fn=collate_fn)))
-            runs = {"eager": lambda inputs: graph(**inputs)} | write_graphs(graph, inputs(example), folder)
-            logging.disable(logging.NOTSET)
-            for name, run in runs.items():
-                logits = torch.cat([run(inputs(batch)) for batch in batches])
-                expected = logits if name == "eager" else expected
-                figures[name] = {
-                    "bytes": os.path.getsize(f"{OUTPUT}/model.safetensors" if name == "eager" else f"{folder}/{name}"),
-                    "accuracy": (logits.argmax(-1) == labels).double().mean().item(),
-                    "difference": (logits - expected).abs().max().item(), "milliseconds": {}}
-            if not figures[f"student.{EXPORT}"]["difference"] <= 1e-4:
-                raise ValueError(f"its logits differ from the student's: {figures}")
-        for size in 1, 32:
-            loader = DataLoader(rows.select(range(min(len(rows), 40 * size))), size, collate_fn=collate_fn)
-            seconds = {name: [] for name in runs}
-            for batch in [*loader, *loader][len(loader) - 1:]:  # one more for the warm-up
+    labels, figures = torch.tensor(rows["labels"][:]), {}
+    with (tempfile.TemporaryDirectory(dir=OUTPUT) as folder, warnings.catch_warnings(action="ignore"),
+          explain(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None")):
+        logging.disable(logging.WARNING)  # of torch.onnx, about packages that are not needed
+        example = collate_fn([rows[number % len(rows)] for number in range(8)])
+        runs = {"eager": lambda inputs: graph(**inputs)} | write_graphs(graph, inputs(example), folder)
+        for size, few in (1, rows.select(range(min(len(rows), 40)))), (32, rows):
+            seconds, logits = {name: [] for name in runs}, {name: [] for name in runs}
+            for batch in DataLoader(few, size, collate_fn=collate_fn):
                 for name, run in runs.items():
                     start = time.perf_counter()
-                    run(inputs(batch))
+                    logits[name].append(run(inputs(batch)))
                     seconds[name].append(time.perf_counter() - start)
-            for name, one in seconds.items():
-                median, p95 = np.percentile(one[1:], [50, 95]) * 1000
-                figures[name]["milliseconds"][str(size)] = {"median": median, "p95": p95}
+            for name, one in seconds.items():  # the first is a warm-up
+                times = dict(zip(("median", "p95"), np.percentile(one[1:] or one, [50, 95]) * 1000))
+                figures.setdefault(name, {})[f"milliseconds_{size}"] = times
+        for name, one in figures.items():
+            file = f"{OUTPUT}/model.safetensors" if name == "eager" else f"{folder}/{name}"
+            answers = torch.cat(logits[name])
+            one |= {"bytes": os.path.getsize(file), "accuracy": (answers.argmax(-1) == labels).double().mean().item(),
+                    "difference": (answers - torch.cat(logits["eager"])).abs().max().item()}
+            say("export", "{:<17}{bytes:11,} bytes, accuracy {accuracy:.4f}, logits within {difference:.0e}; "
+                "1 text {milliseconds_1[median]:.2f} ms (p95 {milliseconds_1[p95]:.2f}), "
+                "32 texts {milliseconds_32[median]:.2f} ms (p95 {milliseconds_32[p95]:.2f})".format(name, **one))
+        if not figures[f"student.{EXPORT}"]["difference"] <= 1e-4:
+            raise ValueError("its logits differ from the student's")
         for name in os.listdir(folder):
             os.replace(f"{folder}/{name}", f"{OUTPUT}/{name}")
-    for name, one in figures.items():
-        speed = [f"{size}: {one['milliseconds'][size]['median']:.2f} ({one['milliseconds'][size]['p95']:.2f})" for size in ("1", "32")]
-        say("export", f"{name:<18} {one['bytes'] / 1e6:6.1f} MB, accuracy {one['accuracy']:.4f}, logits within "
-            f"{one['difference']:.0e}; ms, median (p95), for texts: {', '.join(speed)}")
     return figures
-
 
 # ── Option: from Python ─────────────────────────────────────────────────────────────────────────────────
 
@@ -1407,13 +1384,15 @@ def load_student(folder):
     with explain(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
         kind = json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0]
         kind = {"BiLSTM": BiLSTM}.get(kind, BertForSequenceClassification)
-        model, tokenizer = kind.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def predict(texts):
         rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
-        if not all(isinstance(row, (tuple, list)) and all(isinstance(one, str) for one in row) for row in rows):
+        if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
+                not all(isinstance(one, str) for row in rows for one in row):
             raise Problem("predict takes a list of texts, or of pairs of texts.")
-        columns = list(zip(*rows, strict=True))
+        columns = list(zip(*rows))
         scores, numbers = classify(model, tokenizer, columns).softmax(-1).max(-1) if columns else ((), ())
         return [{"label": model.config.id2label[int(number)], "score": float(score)}
                 for score, number in zip(scores, numbers)]
@@ -1422,8 +1401,8 @@ def load_student(folder):
 
 def show_predictions(texts):
     """A label and its probability per line, for each of `texts` or, if there are none, each line of standard input."""
-    predict = load_student(OUTPUT)
-    for lines in [texts] if texts else iter(lambda: list(itertools.islice(sys.stdin, 1000)), []):
+    predict, many = load_student(OUTPUT), 1 if sys.stdin.isatty() else 1000  # answer at once who types
+    for lines in [texts] if texts else iter(lambda: list(itertools.islice(sys.stdin, many)), []):
         pairs = [line.rstrip("\n").split("\t") if TEXT_PAIR_COLUMN else line.rstrip("\n") for line in lines]
         for one in predict(pairs):
             print(f"{one['label']}\t{one['score']:.4f}", flush=True)
@@ -1441,7 +1420,7 @@ class TermsTrainer(CustomTrainer):
     """Its loss is the weighted sum of self.terms, over what call_student and call_teacher give."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        given = {name: tensor for name, tensor in inputs.items() if name not in TARGETS}
         outputs = {"student": self.call_student(given)}
         with torch.no_grad():
             outputs["teacher"] = self.call_teacher(given) | {"labels": inputs.get("labels")}
@@ -1460,8 +1439,8 @@ def watched(model, names):
     """Inside, a function: inputs → the model's logits and what its submodules of these names give, by name."""
     seen, modules = {}, dict(model.named_modules())
     if unknown := names - {"logits", "labels", *modules}:
-        raise Problem(f"losses: {type(model).__name__} has no part {', '.join(sorted(unknown))}; it has logits, and the "
-                      "names in model.named_modules().")
+        raise Problem(f"losses: {type(model).__name__} has no part {', '.join(sorted(unknown))}; it has logits, and "
+                      "the names in model.named_modules().")
     first = lambda output: output if isinstance(output, torch.Tensor) else output[0]
     keep = lambda name: lambda module, given, output: seen.update({name: first(output)})
 
@@ -1490,15 +1469,16 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
     a tensor, a tuple that begins with them, or something with .logits. They may differ in everything else.
     datasets: {"train": rows, "val": rows}, Datasets or lists of dicts: input_ids, labels if there are, and so on.
     collate_fn: rows → a dict of tensors; by default the rows are padded as this file pads its own.
-    losses: a dict per term, of which only what differs from TERM need be given: teacher and student, "logits" or the name
-    of a module in it ("labels" for the teacher: the hard labels); loss, one of TERM_LOSSES or a function of the student's
-    tensor, the teacher's and the temperature; weight; temperature. EPOCHS, PATIENCE, LEARNING_RATE and so on are the
-    constants of this file. A Problem says what does not fit.
+    losses: a dict per term, of which only what differs from TERM need be given: teacher and student, "logits" or the
+    name of a module in it ("labels" for the teacher: the hard labels); loss, one of TERM_LOSSES or a function of the
+    student's tensor, the teacher's and the temperature; weight; temperature. EPOCHS, PATIENCE, LEARNING_RATE and so
+    on are the constants of this file. A Problem says what does not fit.
     """
     terms = [TERM | term for term in losses]
     for term in terms:
         if term.keys() != TERM.keys() or not callable(term["loss"]) and term["loss"] not in TERM_LOSSES:
-            raise Problem(f"losses: {term}: accepted are {', '.join(TERM)}; as loss {', '.join(TERM_LOSSES)} or a function.")
+            raise Problem(f"losses: {term}: accepted are {', '.join(TERM)}; as loss {', '.join(TERM_LOSSES)} or a "
+                          "function.")
     data = {split: with_lengths(rows) for split, rows in datasets.items()}
     Path(CACHE).mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(student, data, collate_fn or collate, EPOCHS, LEARNING_RATE, PATIENCE, TermsTrainer)
