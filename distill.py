@@ -17,6 +17,7 @@ from pathlib import Path
 
 try:
     import datasets
+    import huggingface_hub
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -437,6 +438,9 @@ def collate(rows, pad_token_id=0):
         batch["token_type_ids"] = padded("token_type_ids", 0)
     return batch | {name: torch.tensor([row[name] for row in rows]) for name in TARGETS if name in rows[0]}
 
+def inputs_of(batch):
+    return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
+
 def longest_first(lengths, tokens):
     """Row numbers in batches: every row once, like lengths together, at most `tokens` in a batch, padding included."""
     order, start = np.argsort(-np.array(lengths), kind="stable").tolist(), 0
@@ -585,15 +589,21 @@ def load_tokenizer(name, config, role="teacher"):
     tokenizer.model_max_length = MAX_LENGTH
     return tokenizer
 
-def load_teacher(name):
-    """The teacher: frozen, in eval mode, in float32 (transformers 5 otherwise keeps the stored precision)."""
-    with explain(f"TEACHER = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
-        teacher, info = BertForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):  # transformers would warn and go on with random weights
-        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(missing[:4])}. Name "
-                      "the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
-    return teacher.eval().requires_grad_(False)
+def load_model(name, setting="TEACHER", config=None):
+    """The classifier in `name`, in eval mode and float32 (transformers 5 otherwise keeps the stored precision).
+
+    A teacher has to be whole. Another model may lack its head, or have one for other labels: it then starts random.
+    """
+    with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
+        model, info = BertForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
+        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(sorted(missing)[:4])}. "
+                      "Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
+    if missing := sorted(key for key in missing if not key.startswith(("classifier.", "bert.pooler."))):
+        raise Problem(f"{setting} = {name!r}: is no whole BERT: its file lacks {', '.join(missing[:4])}.")
+    return model.eval()
 
 @torch.inference_mode()
 def predict(model, loader):
@@ -601,7 +611,7 @@ def predict(model, loader):
     model.eval()
     for batch in loader:
         start = time.perf_counter()
-        logits = model(**{name: tensor for name, tensor in batch.items() if name not in TARGETS}).logits
+        logits = model(**inputs_of(batch)).logits
         yield batch, logits, time.perf_counter() - start
 
 def classify(model, tokenizer, texts, tokens=None):
@@ -628,12 +638,14 @@ def add_soft_labels(data, teacher, collate_fn):
         loader, keys, saved = inference_loader(rows.select([*new.values()]), collate_fn), [*new], time.monotonic()
         next(predict(teacher, loader))  # warm-up
         passes = tqdm(predict(teacher, loader), total=len(loader), desc="teacher", leave=False, disable=None)
-        for numbers, (_, logits, seconds) in zip(loader.batch_sampler, passes):
-            known |= {keys[number]: (row, seconds / len(numbers)) for number, row in zip(numbers, logits.tolist())}
-            if time.monotonic() - saved > 60:
-                save_whole(path, known)
-                saved = time.monotonic()
-        save_whole(path, known)
+        try:
+            for numbers, (_, logits, seconds) in zip(loader.batch_sampler, passes):
+                known |= {keys[number]: (row, seconds / len(numbers)) for number, row in zip(numbers, logits.tolist())}
+                if time.monotonic() - saved > 60:
+                    save_whole(path, known)
+                    saved = time.monotonic()
+        finally:
+            save_whole(path, known)
     say("teacher", f"labelled {len(new):,} texts; {len(set(rows['key'])) - len(new):,} were in the cache")
     for split, rows in data.items():
         logits, seconds = zip(*(known[key] for key in rows["key"]))
@@ -691,7 +703,7 @@ class CustomTrainer(Trainer):
     """A Trainer with the distillation loss, whose loaders keep soft_labels (the stock ones drop them)."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{name: tensor for name, tensor in inputs.items() if name not in TARGETS})
+        outputs = model(**inputs_of(inputs))
         loss = distillation_loss(outputs.logits, inputs["labels"], inputs.get("soft_labels"))
         return (loss, outputs) if return_outputs else loss
 
@@ -941,10 +953,13 @@ def write_report(report, folder):
 def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, seconds):
     """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
     test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
-    about = lambda model, splits: {"parameters": model.num_parameters(), "bytes": model.get_memory_footprint(),
-                                   "splits": splits}
+    folder = Path(teacher_name if os.path.isdir(teacher_name) else
+                  huggingface_hub.snapshot_download(teacher_name, local_files_only=True))
+    size = lambda folder: sum(file.stat().st_size for file in [*folder.glob("model*.safetensors")]
+                              or folder.glob("pytorch_model*.bin"))
     report = {
-        "teacher": about(teacher, splits["teacher"]), "student": about(trainer.model, splits["student"]),
+        "teacher": {"parameters": teacher.num_parameters(), "bytes": size(folder), "splits": splits["teacher"]},
+        "student": {"parameters": trainer.model.num_parameters(), "bytes": None, "splits": splits["student"]},
         "kept": test["student"]["accuracy"] / max(test["teacher"]["accuracy"], 1e-9),
         "speedup": test["teacher"]["seconds"] / max(test["student"]["seconds"], 1e-9),
         "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
@@ -955,6 +970,7 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
     }
 
     def more(new):
+        report["student"]["bytes"] = size(new)
         card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report), use=USE[STUDENT])
         lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
         (new / "README.md").write_text(card, "utf-8")
@@ -988,7 +1004,7 @@ def run():
     if recipe:
         make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
         lap("making the teacher")
-    teacher = load_teacher(name)
+    teacher = load_model(name).requires_grad_(False)
     labelled = len(data["train"])
     data = add_soft_labels(merge(data), teacher, collate_fn)
     lap("soft labels")
@@ -1057,12 +1073,8 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     base, *how = recipe
     config.label2id, config.id2label = label2id, {number: label for label, number in label2id.items()}
     transformers.set_seed(SEED)
-    if DATA == "tests/sample" and TEACHER_BASE is None:  # the sample's base is a configuration without weights
-        model = BertForSequenceClassification(config)
-    else:
-        with explain(f"TEACHER_BASE = {base!r}: cannot be loaded", "Name a pretrained BERT (without a classifier, or "
-                     "with one for as many labels as the data has)"):
-            model = BertForSequenceClassification.from_pretrained(base, config=config, dtype=torch.float32)
+    is_sample = DATA == "tests/sample" and TEACHER_BASE is None  # its base is a configuration without weights
+    model = BertForSequenceClassification(config) if is_sample else load_model(base, "TEACHER_BASE", config)
     checkpoint = Path(CACHE, "teacher_checkpoint.pt")
     train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)
     save_folder(name, model, tokenizer)
@@ -1176,12 +1188,7 @@ def load_start(teacher_config):
         raise Problem(f"STUDENT_INIT = {STUDENT_INIT!r}: is of the family {config.model_type!r}, the teacher of "
                       f"{teacher_config.model_type!r}. Name a model of the teacher's family.")
     config.label2id, config.id2label = teacher_config.label2id, teacher_config.id2label
-    with explain(f"STUDENT_INIT = {STUDENT_INIT!r}: cannot be loaded", "Name a folder of model.save_pretrained"):
-        model, info = BertForSequenceClassification.from_pretrained(
-            STUDENT_INIT, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
-    if missing := sorted(name for name in info["missing_keys"] if "encoder" in name or "embeddings" in name):
-        raise Problem(f"STUDENT_INIT = {STUDENT_INIT!r}: its file lacks {', '.join(missing[:4])}.")
-    return model
+    return load_model(STUDENT_INIT, "STUDENT_INIT", config)
 
 def load_student_tokenizer(tokenizer, data):
     """The tokenizer of the student: the teacher's, the one beside STUDENT_INIT, or the Bi-LSTM's words of the data."""
@@ -1342,19 +1349,18 @@ def export(student, rows, collate_fn):
     Each file is loaded again and answers `rows`; none is kept unless the graph gives the student's logits, within 1e-4
     (8-bit weights do not: there the accuracy tells). Milliseconds per batch of 1 and of 32 texts, taking turns.
     """
-    graph, inputs = Graph(student).eval(), lambda batch: {name: batch[name] for name in batch if name not in TARGETS}
-    labels, figures = torch.tensor(rows["labels"][:]), {}
+    graph, labels, figures = Graph(student).eval(), torch.tensor(rows["labels"][:]), {}
     with (tempfile.TemporaryDirectory(dir=OUTPUT) as folder, warnings.catch_warnings(action="ignore"),
           explain(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None")):
         logging.disable(logging.WARNING)  # of torch.onnx, about packages that are not needed
         example = collate_fn([rows[number % len(rows)] for number in range(8)])
-        runs = {"eager": lambda inputs: graph(**inputs)} | write_graphs(graph, inputs(example), folder)
+        runs = {"eager": lambda inputs: graph(**inputs)} | write_graphs(graph, inputs_of(example), folder)
         for size, few in (1, rows.select(range(min(len(rows), 40)))), (32, rows):
             seconds, logits = {name: [] for name in runs}, {name: [] for name in runs}
             for batch in DataLoader(few, size, collate_fn=collate_fn):
                 for name, run in runs.items():
                     start = time.perf_counter()
-                    logits[name].append(run(inputs(batch)))
+                    logits[name].append(run(inputs_of(batch)))
                     seconds[name].append(time.perf_counter() - start)
             for name, one in seconds.items():  # the first is a warm-up
                 times = dict(zip(("median", "p95"), np.percentile(one[1:] or one, [50, 95]) * 1000))
@@ -1420,33 +1426,30 @@ class TermsTrainer(CustomTrainer):
     """Its loss is the weighted sum of self.terms, over what call_student and call_teacher give."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        given = {name: tensor for name, tensor in inputs.items() if name not in TARGETS}
-        outputs = {"student": self.call_student(given)}
+        outputs = {"student": self.call_student(inputs_of(inputs))}
         with torch.no_grad():
-            outputs["teacher"] = self.call_teacher(given) | {"labels": inputs.get("labels")}
+            outputs["teacher"] = self.call_teacher(inputs_of(inputs)) | {"labels": inputs.get("labels")}
         loss = 0
         for term in self.terms:
             student, teacher = (outputs[role].get(term[role]) for role in ("student", "teacher"))
-            if student is None or teacher is None or term["loss"] != "ce" and student.shape != teacher.shape:
-                shape = lambda one: "missing" if one is None else tuple(one.shape)
-                raise Problem(f"losses: {term}: the student's is {shape(student)}, the teacher's {shape(teacher)}")
+            shapes = [tuple(one.shape) if isinstance(one, torch.Tensor) else "no tensor" for one in (student, teacher)]
+            if "no tensor" in shapes or len(set(shapes)) > 1 and term["loss"] in ("kl", "mse", "cosine"):
+                raise Problem(f"losses: {term}: the student's is {shapes[0]}, the teacher's {shapes[1]}. Name outputs, or "
+                              "modules of model.named_modules(), that fit each other, or give a function as loss.")
             function = TERM_LOSSES.get(term["loss"], term["loss"])
             loss = loss + term["weight"] * function(student, teacher, term["temperature"])
         return (loss, SequenceClassifierOutput(logits=outputs["student"]["logits"])) if return_outputs else loss
 
 @contextlib.contextmanager
 def watched(model, names):
-    """Inside, a function: inputs → the model's logits and what its submodules of these names give, by name."""
+    """Inside, a function: inputs → all that the model returns, and what its modules of these names give, by name."""
     seen, modules = {}, dict(model.named_modules())
-    if unknown := names - {"logits", "labels", *modules}:
-        raise Problem(f"losses: {type(model).__name__} has no part {', '.join(sorted(unknown))}; it has logits, and "
-                      "the names in model.named_modules().")
     first = lambda output: output if isinstance(output, torch.Tensor) else output[0]
     keep = lambda name: lambda module, given, output: seen.update({name: first(output)})
 
     def call(inputs):
         output = model(**inputs)
-        return seen | {"logits": output.logits if hasattr(output, "logits") else first(output)}
+        return seen | (dict(output) if isinstance(output, dict) else {"logits": first(output)})
 
     with contextlib.ExitStack() as stack:
         for name in names & modules.keys():
@@ -1466,11 +1469,11 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
     """Train a student of your own on a teacher of your own, by terms of your own; returns it as in its best epoch.
 
     teacher, student: modules that take the columns of the data, without labels, as named arguments and return logits:
-    a tensor, a tuple that begins with them, or something with .logits. They may differ in everything else.
+    a tensor, a tuple that begins with them, or a dict (transformers' outputs are) that holds them.
     datasets: {"train": rows, "val": rows}, Datasets or lists of dicts: input_ids, labels if there are, and so on.
     collate_fn: rows → a dict of tensors; by default the rows are padded as this file pads its own.
-    losses: a dict per term, of which only what differs from TERM need be given: teacher and student, "logits" or the
-    name of a module in it ("labels" for the teacher: the hard labels); loss, one of TERM_LOSSES or a function of the
+    losses: a dict per term, of which only what differs from TERM need be given: teacher and student, the name of an
+    output or of a module ("labels" for the teacher: the hard labels); loss, one of TERM_LOSSES or a function of the
     student's tensor, the teacher's and the temperature; weight; temperature. EPOCHS, PATIENCE, LEARNING_RATE and so
     on are the constants of this file. A Problem says what does not fit.
     """

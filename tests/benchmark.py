@@ -267,7 +267,7 @@ class Setup:
         self.arguments = ["--teacher", str(Path(teacher).resolve()), "--data", str(Path(data).resolve())]
         distill.DATA, distill.CACHE = str(data), str(folder)
         self.tokenizer = distill.load_tokenizer(str(teacher), distill.load_config(str(teacher)))
-        self.teacher = distill.load_teacher(str(teacher))
+        self.teacher = distill.load_model(str(teacher))
         self.stock_teacher = Stock.from_pretrained(teacher, dtype=torch.float32).eval()
         self.student = distill.build_student(self.teacher).eval()
         self.stock_student = Stock(self.student.config).eval()

@@ -78,7 +78,7 @@ def test_score_by_hand():
 def test_the_teacher_is_frozen_in_eval_mode_and_float32():
     tiny_model().half().save_pretrained("half")
     assert json.loads(Path("half/config.json").read_text())["dtype"] == "float16"
-    teacher = distill.load_teacher("half")
+    teacher = distill.load_model("half")
     assert teacher.dtype == torch.float32 and not teacher.training
     assert not any(tensor.requires_grad for tensor in teacher.parameters())
 
@@ -86,7 +86,7 @@ def test_the_teacher_is_frozen_in_eval_mode_and_float32():
 def test_soft_labels_are_those_of_the_stock_model(teacher, data, settings):
     settings.setattr(distill, "DATA", "data")
     settings.setattr(distill, "TEMPERATURE", 3.0)
-    model, tokenizer = distill.load_teacher(teacher), AutoTokenizer.from_pretrained(teacher)
+    model, tokenizer = distill.load_model(teacher), AutoTokenizer.from_pretrained(teacher)
     Path(distill.CACHE).mkdir()
     table = distill.tokenize(distill.load_data(model.config.label2id)[0], tokenizer)
     table = distill.add_soft_labels(table, model, distill.collate)
