@@ -23,7 +23,6 @@ try:
     import torch.nn.functional as F
     import transformers
     from matplotlib.figure import Figure
-    from torch._higher_order_ops.scan import scan
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import (AutoConfig, AutoTokenizer, BertJapaneseTokenizer, EarlyStoppingCallback, PrinterCallback,
@@ -921,12 +920,6 @@ def table(report):
                       f"accuracy and is {report['speedup']:.1f} times as fast",
                       f"(without tokenization; {report['hardware']})."])
 
-USE = {
-    "bert": """from transformers import pipeline
-print(pipeline("text-classification", model="path/to/this/folder")("この店の料理は美味しい。"))""",
-    "bilstm": """from distill import load_student
-print(load_student("path/to/this/folder")(["この店の料理は美味しい。"]))""",
-}
 CARD = """---
 language: ja
 pipeline_tag: text-classification
@@ -937,9 +930,11 @@ library_name: transformers
 Distilled from `{teacher}` on `{DATA}` by distill.py, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
 It shares its teacher's faults: measure it on texts of your own before you rely on it.
 
-```python
-{use}
 ```
+python distill.py --output path/to/this/folder --predict "この店の料理は美味しい。"
+```
+
+A "bert" also loads like any model: `pipeline("text-classification", model="path/to/this/folder")`.
 
 ```
 {table}
@@ -971,7 +966,7 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
 
     def more(new):
         report["student"]["bytes"] = size(new)
-        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report), use=USE[STUDENT])
+        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
         lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
         (new / "README.md").write_text(card, "utf-8")
         write_report(report, new)
@@ -1269,6 +1264,8 @@ class BiLSTM(transformers.PreTrainedModel):
         zero = x.new_zeros(1, x.shape[1], self.config.hidden_size)
         if not torch.compiler.is_exporting():
             return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, self.training, False, False)[0]
+
+        from torch._higher_order_ops.scan import scan
 
         def step(state, gates):
             into, forget, new, out = (gates + F.linear(state[0], w_h)).chunk(4, -1)
