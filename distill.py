@@ -591,18 +591,19 @@ def load_tokenizer(name, config, role="teacher"):
 def load_model(name, setting="TEACHER", config=None):
     """The classifier in `name`, in eval mode and float32 (transformers 5 otherwise keeps the stored precision).
 
-    A teacher has to be whole. Another model may lack its head, or have one for other labels: it then starts random.
+    A teacher has to be whole, and is frozen. Another model may lack its head, or have one for other labels: it then starts random.
     """
     with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
         model, info = BertForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
+            output_loading_info=True)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
         raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(sorted(missing)[:4])}. "
                       "Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
     if missing := sorted(key for key in missing if not key.startswith(("classifier.", "bert.pooler."))):
         raise Problem(f"{setting} = {name!r}: is no whole BERT: its file lacks {', '.join(missing[:4])}.")
-    return model.eval()
+    return model.eval().requires_grad_(setting != "TEACHER")
 
 @torch.inference_mode()
 def predict(model, loader):
@@ -999,7 +1000,7 @@ def run():
     if recipe:
         make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
         lap("making the teacher")
-    teacher = load_model(name).requires_grad_(False)
+    teacher = load_model(name)
     labelled = len(data["train"])
     data = add_soft_labels(merge(data), teacher, collate_fn)
     lap("soft labels")
