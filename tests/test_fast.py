@@ -202,6 +202,16 @@ def test_gradient_checkpointing_changes_nothing():
         assert one.grad is other.grad is None or error(other.grad, one.grad) < 1e-5
 
 
+def test_the_gradient_written_by_hand_by_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+    mask = torch.zeros(2, 1, 5, dtype=torch.float64)
+    mask[1, 0, 3:] = torch.finfo(torch.float64).min
+    keep = (torch.rand(2, 3, 5, generator=generator) > 0.3).double() / 0.7
+    for given in (None, None), (mask, None), (mask, keep):
+        assert torch.autograd.gradcheck(lambda x, score: distill.Attend.apply(x, score, *given), (draw(2, 5, 4), draw(2, 3, 4)))
+
+
 def test_it_looks_and_is_saved_like_the_stock_class():
     stock, ours = pair(num_hidden_layers=1)
     assert repr(ours) == repr(stock) and "(0): BertLayer(" in repr(ours)
@@ -359,6 +369,18 @@ def test_text_to_logits_is_that_of_the_stock_way(teacher):
         expected = stock(**tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")).logits
         for tokens in 1, 100, 5000:
             assert error(distill.classify(model, tokenizer, [texts], tokens), expected.detach()) < 1e-5
+
+
+def test_gradients_are_clipped_as_torch_does():
+    models = [tiny_model(), tiny_model()]
+    for norm in 1e9, 0.5:
+        for model in models:
+            model.zero_grad()
+            model.eval()(torch.tensor([[2, 9, 3]])).logits.square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(models[0].parameters(), norm)
+        distill.clip_gradients(models[1], norm)
+        for one, other in zip(*(model.parameters() for model in models)):
+            assert error(other.grad, one.grad) < 1e-4
 
 
 def test_batches_of_inference_hold_each_row_once_and_few_tokens():
