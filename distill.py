@@ -624,8 +624,8 @@ def load_model(name, setting="TEACHER", config=None):
             output_loading_info=True)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
-        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks {', '.join(sorted(missing)[:4])}. "
-                      "Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
+        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
+                      f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
     if missing := sorted(key for key in missing if not key.startswith(("classifier.", "bert.pooler."))):
         raise Problem(f"{setting} = {name!r}: is no whole BERT: its file lacks {', '.join(missing[:4])}.")
     return model.eval().requires_grad_(setting != "TEACHER")
