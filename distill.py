@@ -43,6 +43,7 @@ DATA = "tests/sample"  # folder with train/val/test, one file (cut 80/10/10), sa
 TEXT_COLUMN = "text"  # column of the texts
 TEXT_PAIR_COLUMN = None  # column of the second texts, for sentence pairs
 LABEL_COLUMN = "label"  # column of the labels: the teacher's label names, or their numbers
+TRAIN_FRACTION = 1.0  # share of the labelled training texts that is used, each label in proportion
 MAX_LENGTH = 128  # tokens; longer texts are cut (and counted). Raise it freely: nothing is padded to it
 # Student
 STUDENT = "bert"  # or "bilstm", with words of its own; its sizes stand below
@@ -50,6 +51,7 @@ NUM_LAYERS = 1  # encoder layers of a "bert"; all else is as in the model that i
 STUDENT_INIT = "teacher"  # start from the teacher's weights, from "random" ones, or from a small pretrained model's
 INIT_LAYERS = "first"  # that model's layers to start from: "first", "last", "spread" or e.g. (0, 11)
 # Loss
+METHOD = "kd"  # or "none" (hard labels alone), "rail", "mate", "cilda", "cilda+minild": see below
 ALPHA = 0.5  # weight of the soft labels (KL) against the hard labels (CE); 1: soft labels alone
 TEMPERATURE = 2.0  # softens both distributions in the KL; raise it if the teacher is nearly always certain
 LOGIT_LOSS = "kl"  # or "mse": match the logits themselves; TEMPERATURE then plays no part
@@ -74,7 +76,20 @@ UNLABELED = None  # texts without labels: a file (.txt: one a line) or a folder 
 AUGMENT = 0  # copies of each training text, with some words masked or left out
 AUGMENT_MASK = 0.1  # in a copy, the probability of each word to become [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
-GENERATOR = None  # masked-language model that fills in the masked words; None: they stay [MASK]
+GENERATOR = None  # masked-language model that fills in the masked words; None: they stay [MASK]; see below, too
+# Methods beside "kd", their papers' values. ′: of texts rewritten by GENERATOR; None: one made from the teacher
+RAIL_WEIGHTS = (1/3, 1/3, 1/3)  # of CE, KL, RAIL: means of some layers (arXiv:2109.10164)
+MATE_WEIGHTS = (1/3, 1/3, 1/3)  # of CE, KL, KL′ (arXiv:2105.05912)
+CILDA_WEIGHTS = (0.333, 0.333, 0.222, 0.111)  # of CE, KL, CE′, KL′ (arXiv:2204.07674)
+MINILD_WEIGHTS = (2/9, 2/9, 2/9, 1/6, 1/12, 1/12)  # of CE, KL, CRD, CE′, KL′, CRD′; CRD: [CLS] of all layers
+PROJECTION = 128  # numbers that the layers of teacher and student are mapped to, to be compared
+CRD_TEMPERATURE = 2.0  # softens the comparison of one text's layers with those of the others in its batch
+MASK_RATE = 0.3  # the probability of each token to be rewritten
+GENERATOR_STEPS = 10  # of the generator, towards texts on which the student errs; then
+STUDENT_STEPS = 100  # of the student, and so on
+GENERATOR_LEARNING_RATE = 5e-7  # in those steps
+GENERATOR_MAX_GRAD_NORM = 5.0  # in those steps
+GENERATOR_WEIGHTS = (0.5, 0.5)  # of KL′ and CRD′ in those steps of the two CILDA; "mate" has KL′ alone
 # The "bilstm" student
 BILSTM_WORDS = "own"  # MeCab's words in the training texts, or "teacher": the teacher's sub-words
 BILSTM_EMBEDDING = 300  # size of a word's vector
@@ -96,19 +111,29 @@ def number(low, high=sys.float_info.max, kinds=(int, float)):
 def choice(*values):
     return " or ".join(f'"{value}"' if value else "None" for value in values), values.__contains__
 
+def weights(count):
+    return f"{count} numbers from 0", lambda value: (
+        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)))
+
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
     ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", text),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
      lambda value: value is None or text(value)),
-    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE BILSTM_EMBEDDING BILSTM_HIDDEN", "a whole number from 1",
-     number(1, kinds=[int])),
-    ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM", "a number above 0",
-     number(sys.float_info.min)),
+    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION GENERATOR_STEPS "
+     "STUDENT_STEPS", "a whole number from 1", number(1, kinds=[int])),
+    ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
+     "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
     ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
     ("AUGMENT", "a whole number from 0", number(0, kinds=[int])),
     ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
     ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
-    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM", "a number from 0 to 1", number(0, 1)),
+    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", number(0, 1)),
+    ("TRAIN_FRACTION", "a number above 0, at most 1", number(sys.float_info.min, 1)),
+    ("METHOD", *choice("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
+    ("GENERATOR_WEIGHTS", *weights(2)),
+    ("RAIL_WEIGHTS MATE_WEIGHTS", *weights(3)),
+    ("CILDA_WEIGHTS", *weights(4)),
+    ("MINILD_WEIGHTS", *weights(6)),
     ("STUDENT", *choice("bert", "bilstm")),
     ("LOGIT_LOSS", *choice("kl", "mse")),
     ("SCHEDULE", *choice("linear", "constant")),
@@ -179,8 +204,14 @@ def check_settings():
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
         if EXPORT == "onnx" and missing:
             faults.append(f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}")
-        if GENERATOR and not AUGMENT:
-            faults.append(f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT, the number of copies")
+        if GENERATOR and not AUGMENT and "D′" not in TERMS.get(METHOD, ()):
+            faults.append(f'GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "mate" or "cilda"')
+        if METHOD in TERMS and STUDENT != "bert":
+            faults.append(f'METHOD = {METHOD!r}: needs STUDENT = "bert"')
+        if METHOD == "none" and (UNLABELED or AUGMENT):
+            faults.append(f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and AUGMENT")
+        if METHOD != "kd" and LOGIT_LOSS != "kl":
+            faults.append(f'LOGIT_LOSS = {LOGIT_LOSS!r}: needs METHOD = "kd"')
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
 
@@ -195,6 +226,13 @@ def save_whole(path, content):
         file.flush()
         os.fsync(file.fileno())
     os.replace(f"{path}.new", path)
+
+def file_digest(path):
+    state = hashlib.sha256()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
 
 def load_whole(path):
     """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
@@ -238,7 +276,7 @@ def say(stage, message):
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-TARGETS = "labels", "soft_labels"  # the keys of a batch that are for the loss; the others are for the model
+TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss; the others are for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
 TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
@@ -326,13 +364,20 @@ def load_data(label2id=None):
                           f"{', '.join(rows.column_names)}. Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN.")
     label2id = label2id or label_names(splits)
     splits = {split: clean(rows, split, label2id) for split, rows in splits.items()}
+
+    def cut(rows, share):
+        parts = rows.cast_column("labels", datasets.ClassLabel(len(label2id))).train_test_split(
+            share, seed=SEED, stratify_by_column="labels")
+        return [part.cast_column("labels", datasets.Value("int64")) for part in parts.values()]
+
     if "all" in splits:
-        cut = lambda rows, share: rows.train_test_split(share, seed=SEED, stratify_by_column="labels").values()
         with explain(f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"):
-            train, rest = cut(splits["all"].cast_column("labels", datasets.ClassLabel(len(label2id))), 0.2)
-            splits = {split: rows.cast_column("labels", datasets.Value("int64"))
-                      for split, rows in zip(SPLITS, (train, *cut(rest, 0.5)))}
+            train, rest = cut(splits["all"], 0.2)
+            splits = dict(zip(SPLITS, (train, *cut(rest, 0.5))))
         say("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
+    if TRAIN_FRACTION < 1:
+        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Raise it"):
+            splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
     shares = Counter(splits["train"]["labels"])
     say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
         + ", ".join(f"{shares[number]:,} {label}" for label, number in label2id.items()))
@@ -370,14 +415,15 @@ def encode(texts, tokenizer, max_length):
     A text may also be a list of its words, with the white space before them, None for a masked one.
     Returns lists: input_ids (, token_type_ids, for pairs), length, and cut, whether max_length cut the text.
     """
-    options = dict(return_attention_mask=False, return_token_type_ids=len(texts) > 1)
+    pairs = len(texts) > 1 and getattr(tokenizer, "takes_types", True)
+    options = dict(return_attention_mask=False, return_token_type_ids=pairs)
     if cuts_words(tokenizer):
         rows = list(zip(*(map(token_ids(tokenizer), column) for column in texts)))
         numbers = [[-1 - column] for column in range(len(texts))]  # stand for the texts among the special tokens
         frame = tokenizer.build_inputs_with_special_tokens(*numbers)
         part = lambda row, place: row[-1 - place] if place < 0 else [place]
         columns = {"input_ids": [[one for place in frame for one in part(row, place)] for row in rows]}
-        if len(texts) > 1:
+        if pairs:
             columns["token_type_ids"] = [tokenizer.create_token_type_ids_from_sequences(*row) for row in rows]
         again = tokenizer.prepare_for_model
     else:
@@ -435,7 +481,8 @@ def collate(rows, pad_token_id=0):
     batch = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": torch.from_numpy(mask).long()}
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded("token_type_ids", 0)
-    return batch | {name: torch.tensor([row[name] for row in rows]) for name in TARGETS if name in rows[0]}
+    return batch | {name: torch.stack([torch.as_tensor(row[name]) for row in rows])
+                    for name in TARGETS if name in rows[0]}
 
 def inputs_of(batch):
     return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
@@ -574,6 +621,18 @@ class Attend(torch.autograd.Function):
 
 # ── Teacher ─────────────────────────────────────────────────────────────────────────────────────────────
 
+FAMILIES = {  # a model's family → the METHODs for which its layers can be used
+    "bert": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
+    "roberta": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
+    "bart": ("none", "kd", "rail", "mate", "cilda"),
+    **dict.fromkeys(["electra", "deberta-v2", "modernbert", "distilbert"], ("none", "kd")),
+}
+
+def classifier_class(config):
+    """The class of a classifier of this family: BERT's is the fast one above."""
+    return BertForSequenceClassification if config.model_type == "bert" else \
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
 def load_config(name, setting="TEACHER"):
     """The configuration of the model in the folder or hub repository `name`."""
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -586,13 +645,20 @@ def load_config(name, setting="TEACHER"):
     with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
         config = AutoConfig.from_pretrained(name)
     kind, outputs = (config.architectures or ["?ForSequenceClassification"])[0], config.num_labels
-    if setting == "TEACHER" and (not kind.endswith("ForSequenceClassification") or config.model_type != "bert"):
-        raise Problem(f"TEACHER = {name!r}: is a {kind} of the family {config.model_type!r}; accepted is a fine-tuned "
-                      "BertForSequenceClassification. To fine-tune a BERT first, name it in TEACHER_BASE.")
+    if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
+        able = ", ".join(family for family in FAMILIES if METHOD in FAMILIES[family])
+        raise Problem(f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} accepts {able}.")
+    if setting == "TEACHER" and not kind.endswith("ForSequenceClassification"):
+        raise Problem(f"TEACHER = {name!r}: is a {kind}; accepted is a fine-tuned …ForSequenceClassification. To "
+                      "fine-tune this model first, name it in TEACHER_BASE.")
     if setting == "TEACHER" and (outputs < 2 or config.problem_type not in (None, "single_label_classification")):
         raise Problem(f"TEACHER = {name!r}: {outputs} output(s), {config.problem_type or 'regression'}; accepted is a "
                       "classifier that chooses one of two or more labels.")
     return config
+
+def takes_types(config):
+    """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
+    return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
 def load_tokenizer(name, config, role="teacher"):
     """The tokenizer in `name`, which must fit the model's `config`. It cuts texts to MAX_LENGTH, here and later."""
@@ -607,9 +673,11 @@ def load_tokenizer(name, config, role="teacher"):
     if (highest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
         raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
                       f"{config.vocab_size - 1}. {advice}.")
-    if MAX_LENGTH > config.max_position_embeddings:
-        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {config.max_position_embeddings} tokens.")
+    most = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
+    if MAX_LENGTH > most:
+        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most} tokens.")
     tokenizer.model_max_length = MAX_LENGTH
+    tokenizer.takes_types = takes_types(config)
     return tokenizer
 
 def load_model(name, setting="TEACHER", config=None):
@@ -619,15 +687,17 @@ def load_model(name, setting="TEACHER", config=None):
     then starts random.
     """
     with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
-        model, info = BertForSequenceClassification.from_pretrained(
+        config = config or load_config(name, setting)
+        model, info = classifier_class(config).from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
             output_loading_info=True)
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
         raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
                       f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
-    if missing := sorted(key for key in missing if not key.startswith(("classifier.", "bert.pooler."))):
-        raise Problem(f"{setting} = {name!r}: is no whole BERT: its file lacks {', '.join(missing[:4])}.")
+    body = model.base_model_prefix + "."
+    if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
+        raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
     return model.eval().requires_grad_(setting != "TEACHER")
 
 @torch.inference_mode()
@@ -649,7 +719,7 @@ def classify(model, tokenizer, texts, tokens=None):
     return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
 
 def add_soft_labels(data, teacher, collate_fn):
-    """Give every split the columns soft_labels, softmax(z_T / TEMPERATURE), and teacher_seconds.
+    """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for TERMS.
 
     The logits are kept in CACHE under the teacher's weights and the token ids (that is, under text, tokenizer
     and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
@@ -674,7 +744,8 @@ def add_soft_labels(data, teacher, collate_fn):
     say("teacher", f"labelled {len(new):,} texts; {len(set(rows['key'])) - len(new):,} were in the cache")
     for split, rows in data.items():
         logits, seconds = zip(*(known[key] for key in rows["key"]))
-        soft_labels = torch.tensor(logits) if LOGIT_LOSS == "mse" else F.softmax(torch.tensor(logits) / TEMPERATURE, -1)
+        logits, temperature = torch.tensor(logits), 1 if METHOD in TERMS else TEMPERATURE
+        soft_labels = logits if LOGIT_LOSS == "mse" else F.softmax(logits / temperature, -1)
         data[split] = rows.add_column("soft_labels", soft_labels.tolist()).add_column("teacher_seconds", seconds)
     return data
 
@@ -687,21 +758,33 @@ INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
 }
 
 def build_student(teacher):
-    """A BertForSequenceClassification of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT."""
+    """A classifier of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT, whose family it has."""
     source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
-    config, depth = copy.deepcopy(source.config), source.config.num_hidden_layers
-    config.num_hidden_layers = NUM_LAYERS
+    depth = min(getattr(source.config, name) for name in DEPTHS if hasattr(source.config, name))
+    if STUDENT_INIT == "random":
+        return cut(source, classifier_class(source.config), range(NUM_LAYERS), weights={})
+    layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
+    if min(layers) < 0 or max(layers) >= depth:
+        raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
+                      f"0 to {depth - 1}.")
+    return cut(source, classifier_class(source.config), layers, source.state_dict())
+
+DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
+
+def cut(source, kind, layers, weights):
+    """A `kind` like `source`, with these of its layers. Of `weights` it takes all that it has; the rest starts random."""
+    config = copy.deepcopy(source.config)
+    for name in DEPTHS:
+        if hasattr(config, name):
+            setattr(config, name, len(layers))
+    if getattr(config, "layer_types", None):  # ModernBERT's layers look near or far
+        config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in layers]
     transformers.set_seed(SEED)
-    student = BertForSequenceClassification(config).to("cpu")
-    if STUDENT_INIT != "random":  # embeddings, pooler and classifier too
-        layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
-        if min(layers) < 0 or max(layers) >= depth:
-            raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
-                          f"0 to {depth - 1}.")
-        weights = source.state_dict()
-        name_there = lambda name: re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str(layers[int(number[0])]), name)
-        student.load_state_dict({name: weights[name_there(name)] for name in student.state_dict()})
-    return student
+    model = kind(config).to("cpu")
+    there = {name: re.sub(r"(?<=layer\.)\d+|(?<=layers\.)\d+", lambda number: str(layers[int(number[0])]), name)
+             for name in model.state_dict()}
+    model.load_state_dict({name: weights[other] for name, other in there.items() if other in weights}, strict=False)
+    return model
 
 # ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
 
@@ -726,6 +809,8 @@ def distillation_loss(logits, hard_labels, soft_labels=None):
 
 class CustomTrainer(Trainer):
     """A Trainer with the distillation loss, whose loaders keep soft_labels (the stock ones drop them)."""
+
+    generator, beside = None, {}  # of other methods: what else is trained, {name: module or optimizer}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs_of(inputs))
@@ -800,20 +885,23 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
     epochs = int(args.num_train_epochs)
     settings = {name: globals()[name] for name in ACCEPTED
                 if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
-    run_name = digest(settings, *recipe, epochs, args.learning_rate, model, torch.__version__,
+    run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model, torch.__version__,
                       *(batch for rows in (trainer.train_dataset, trainer.eval_dataset)
-                        for batch in rows.remove_columns({*rows.column_names} & {"teacher_seconds"}).iter(1000)))
+                        for batch in rows.remove_columns(
+                          {*rows.column_names} & {"teacher_seconds", "teacher_layers"}).iter(1000)))
     ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
-    with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours else contextlib.nullcontext():
+    with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
+            contextlib.nullcontext():
         trainer.create_optimizer_and_scheduler(num_training_steps=epochs * len(trainer.get_train_dataloader()))
+        parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
         now = load_whole(checkpoint) or {"run": run_name, "history": []}
         if now["run"] != run_name:
             say("training", "settings or data differ from those of the last checkpoint: training starts anew")
             now = {"run": run_name, "history": []}
         if now["history"]:
             say("training", f"goes on after epoch {len(now['history'])}")
-            for part, state in (model, "model"), (trainer.optimizer, "optimizer"), (trainer.lr_scheduler, "scheduler"):
-                part.load_state_dict(now[state])
+            for name, part in parts.items():
+                part.load_state_dict(now[name])
         trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
         print(" epoch   train loss     val loss   val accuracy         rate   seconds")
         for row in now["history"]:
@@ -822,8 +910,8 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
             while len(now["history"]) < epochs and not trainer.control.should_training_stop:
                 row = train_epoch(trainer, len(now["history"]) + 1)
                 best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
-                now = {"run": run_name, "history": now["history"] + [row], "best": best, "model": model.state_dict(),
-                       "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict()}
+                now = {"run": run_name, "history": now["history"] + [row], "best": best,
+                       **{name: part.state_dict() for name, part in parts.items()}}
                 save_whole(checkpoint, now)
             if trainer.control.should_training_stop:
                 say("training", "stopped early: the validation loss no longer improves")
@@ -857,8 +945,9 @@ def train_epoch(trainer, epoch):
     """One pass over the training data and one over the validation data; returns the epoch's row of the history."""
     trainer.state.epoch = epoch
     transformers.set_seed(SEED + epoch)
-    model, total, start = trainer.model.train(), 0.0, time.perf_counter()
-    for batch in tqdm(trainer.get_train_dataloader(), desc=f"epoch {epoch}", leave=False, disable=None):
+    model, loader, total, start = trainer.model.train(), trainer.get_train_dataloader(), 0.0, time.perf_counter()
+    trainer.state.global_step = (epoch - 1) * len(loader)
+    for batch in tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None):
         rate = trainer.lr_scheduler.get_last_lr()[0]
         total += training_step(trainer, batch) * len(next(iter(batch.values())))
         if not math.isfinite(total):
@@ -904,7 +993,8 @@ def plot(history, best, path):
         axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, color=colour,
                   label=name.replace("_", " "))
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
-    axes.set(xlabel="epoch", ylabel=f"loss = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}")
+    kd = f" = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
+    axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD})"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -925,7 +1015,7 @@ def evaluate(trainer, data):
     next(predict(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
     for split, rows in data.items():
         batches, logits, seconds = zip(*predict(trainer.model, trainer.get_test_dataloader(rows)))
-        labels, soft = (torch.cat([batch[name] for batch in batches]) for name in TARGETS)
+        labels, soft = (torch.cat([batch[name] for batch in batches]) for name in ("labels", "soft_labels"))
         splits["teacher"][split] = score(soft.argmax(-1), labels, soft.argmax(-1), sum(rows["teacher_seconds"]))
         splits["student"][split] = score(torch.cat(logits).argmax(-1), labels, soft.argmax(-1), sum(seconds))
     return splits
@@ -960,7 +1050,7 @@ library_name: transformers
 ---
 # A small text classifier ({STUDENT}), distilled
 
-Distilled from `{teacher}` on `{DATA}` by distill.py, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
+Distilled from `{teacher}` on `{DATA}` by distill.py, METHOD {METHOD}, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
 It shares its teacher's faults: measure it on texts of your own before you rely on it.
 
 ```
@@ -1045,7 +1135,10 @@ def run():
     say("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
         f"{teacher.num_parameters():,}")
     learning_rate = LEARNING_RATE if STUDENT == "bert" else BILSTM_LEARNING_RATE
-    trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE)
+    trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE, METHODS[METHOD])
+    if METHOD in TERMS:
+        trainer.prepare(teacher, tokenizer)
+        lap("preparing the method")
     history = train(trainer, Path(CACHE, "checkpoint.pt"))
     lap("training")
 
@@ -1102,7 +1195,7 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     config.label2id, config.id2label = label2id, {number: label for label, number in label2id.items()}
     transformers.set_seed(SEED)
     is_sample = DATA == "tests/sample" and TEACHER_BASE is None  # its base is a configuration without weights
-    model = BertForSequenceClassification(config) if is_sample else load_model(base, "TEACHER_BASE", config)
+    model = classifier_class(config)(config) if is_sample else load_model(base, "TEACHER_BASE", config)
     checkpoint = Path(CACHE, "teacher_checkpoint.pt")
     train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)
     save_folder(name, model, tokenizer)
@@ -1168,15 +1261,7 @@ def copies(batch, numbers, words):
 
 def fill_in(rows):
     """The masked words of copies drawn from what GENERATOR, a masked-language model, finds likely there."""
-    config = load_config(GENERATOR, "GENERATOR")
-    tokenizer = load_tokenizer(GENERATOR, config, "GENERATOR")
-    with explain(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
-        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            GENERATOR, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # a head of random weights would fill in random words
-        raise Problem(f"GENERATOR = {GENERATOR!r}: is no masked-language model: its file lacks "
-                      f"{', '.join(sorted(info['missing_keys'])[:4])}.")
-    model.eval()
+    model, tokenizer = load_generator()
 
     @torch.inference_mode()
     def fill(batch, numbers):
@@ -1230,7 +1315,11 @@ def load_student_tokenizer(tokenizer, data):
     if STUDENT == "bilstm" or STUDENT_INIT in ("teacher", "random"):
         return tokenizer
     own = load_tokenizer(STUDENT_INIT, load_config(STUDENT_INIT, "STUDENT_INIT"), "student")
-    return tokenizer if type(own) is type(tokenizer) and own.get_vocab() == tokenizer.get_vocab() else own
+    if type(own) is type(tokenizer) and own.get_vocab() == tokenizer.get_vocab():
+        return tokenizer
+    if METHOD in TERMS:
+        raise Problem(f"STUDENT_INIT = {STUDENT_INIT!r}: its tokens are not the teacher's, as METHOD = {METHOD!r} needs.")
+    return own
 
 def with_student_ids(rows):
     """The rows with the ids of the student's own tokenizer in place of the teacher's."""
@@ -1339,6 +1428,250 @@ STUDENTS = {  # STUDENT → a function: teacher, the student's and the teacher's
     "bilstm": build_bilstm,
 }
 
+# ── Option: other methods ───────────────────────────────────────────────────────────────────────────────
+
+TERMS = {  # METHOD → its terms, in the order of its weights; ′ marks those of the rewritten sentences
+    "rail": ("CE", "D", "RAIL"),
+    "mate": ("CE", "D", "D′"),
+    "cilda": ("CE", "D", "CE′", "D′"),
+    "cilda+minild": ("CE", "D", "CRD", "CE′", "D′", "CRD′"),
+}
+
+def rail_loss(teacher, student):
+    """Mean distance of the normalized vectors of each text; both are (batch, PROJECTION) (arXiv:2109.10164)."""
+    return (F.normalize(teacher) - F.normalize(student)).norm(dim=-1).mean()
+
+def contrastive_loss(teacher, student):
+    """CRD: how hard it is to tell by the cosine which of the batch's student vectors belongs to a teacher's vector.
+
+    Both are (batch, PROJECTION). For "cilda+minild" the loss is divided by its value where nothing can be told, log
+    of the batch size (arXiv:2204.07674; 言語処理学会 2023 Q3-2).
+    """
+    cosines = F.normalize(teacher) @ F.normalize(student).T
+    loss = F.cross_entropy(cosines / CRD_TEMPERATURE, torch.arange(len(cosines)))
+    return loss / math.log(max(len(cosines), 2)) if METHOD == "cilda+minild" else loss
+
+def ask(model, inputs, words=None, pool=None):
+    """(logits, layers) of a batch or, with `words` (which places, what stands there), of the batch so rewritten.
+
+    What stands there: ids, (places,), or rows over the vocabulary, (places, words), through which gradients flow.
+    layers: pool(states), (batch, width), of each encoder layer, (batch, layers, width); None without `pool`.
+    """
+    given = inputs_of(inputs) | ({"output_hidden_states": True} if pool else {})
+    if words:
+        places, drawn = words
+        table = model.get_input_embeddings()
+        embeds = table(given["input_ids"]).clone()
+        if drawn.dim() == 1:
+            embeds[places] = table(drawn)
+        else:
+            embeds[places] = drawn @ table.weight[:drawn.shape[1]] * getattr(table, "embed_scale", 1)
+        if model.config.model_type == "bart":  # takes no inputs_embeds, but what it would make of them
+            start = torch.full_like(given["input_ids"][:, :1], model.config.decoder_start_token_id)
+            mask = given["attention_mask"]
+            given |= {"decoder_inputs_embeds": torch.cat([table(start), embeds[:, :-1]], 1), "encoder_outputs":
+                      model.model.encoder(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)}
+        else:
+            del given["input_ids"]
+            given["inputs_embeds"] = embeds
+    outputs = model(**given)
+    states = pool and (outputs.get("encoder_hidden_states") or outputs.get("hidden_states"))[1:]
+    return outputs.logits, pool and torch.stack([pool(one) for one in states], 1)
+
+class MethodTrainer(CustomTrainer):
+    """Its loss is the weighted sum of TERMS[METHOD]; in evaluation of CE and D, which need nothing but the text.
+
+    CE: cross-entropy; D: KL from the teacher's distribution to the student's, T = 1. For D′ a generator, a masked
+    language model, rewrites masked words: every STUDENT_STEPS it learns for GENERATOR_STEPS where the student errs.
+    """
+
+    def prepare(self, teacher, tokenizer):
+        """To be called once, before training."""
+        self.teacher, self.mask_token_id = teacher, tokenizer.mask_token_id
+        self.special = torch.tensor(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}))
+        self.weights = {"rail": RAIL_WEIGHTS, "mate": MATE_WEIGHTS, "cilda": CILDA_WEIGHTS,
+                        "cilda+minild": MINILD_WEIGHTS}[METHOD]
+        self.depth = getattr(teacher.config, "encoder_layers", teacher.config.num_hidden_layers)
+        self.many = min(NUM_LAYERS, self.depth) if METHOD == "rail" else self.depth  # of the teacher's layers
+        transformers.set_seed(SEED)
+        self.projections = torch.nn.ModuleList(
+            torch.nn.Linear(depth * model.config.hidden_size, PROJECTION, bias=False)
+            for depth, model in ((self.many, teacher), (NUM_LAYERS, self.model)))
+        self.beside = {"projections": self.projections}
+        if "D′" in TERMS[METHOD]:
+            self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
+            self.generator = make_generator(self) if GENERATOR is None else load_generator(tokenizer)[0]
+            self.adversary = torch.nn.ModuleList([self.generator, self.projections])
+            self.adversary_optimizer = torch.optim.AdamW(self.adversary.parameters(), GENERATOR_LEARNING_RATE)
+            self.beside = {"adversary": self.adversary, "adversary_optimizer": self.adversary_optimizer}
+        if METHOD in ("rail", "cilda+minild"):  # on the texts themselves the teacher's layers never change
+            self.train_dataset = self.with_teacher_layers(self.train_dataset)
+
+    def create_optimizer(self, *given):
+        optimizer = super().create_optimizer(*given)
+        if METHOD in ("rail", "cilda+minild"):
+            optimizer.add_param_group({"params": [*self.projections.parameters()], "weight_decay": WEIGHT_DECAY})
+        return optimizer
+
+    def with_teacher_layers(self, rows):
+        """The rows with the column teacher_layers, (layers, width) a text, which stays on disk, in CACHE."""
+        rows = rows.select(np.argsort(rows["length"]))  # less padding, in what follows
+        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, *rows['key'])}.arrow")
+        if load_whole(f"{path}.sum") != file_digest(path):
+            say("teacher", f"its layers, for METHOD = {METHOD!r}")
+
+            @torch.inference_mode()
+            def layers(batch):
+                inputs = self.data_collator([dict(zip(batch, row)) for row in zip(*batch.values())])
+                return {"teacher_layers": ask(self.teacher, inputs, pool=self.pool(inputs))[1].numpy()}
+
+            columns = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
+            rows.select_columns(columns).map(layers, batched=True, batch_size=64, remove_columns=columns, new_fingerprint=
+                                             path.stem, load_from_cache_file=False, cache_file_name=str(path))
+            save_whole(f"{path}.sum", file_digest(path))
+        both = datasets.concatenate_datasets([rows.flatten_indices(), datasets.Dataset.from_file(str(path))], axis=1)
+        return both.with_format("numpy", ["teacher_layers"], output_all_columns=True)
+
+    def ordinary(self, inputs):
+        """(batch, length): where there is neither padding nor a special token."""
+        return inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], self.special)
+
+    def pool(self, inputs):
+        """A function: a layer's states, (batch, length, width) → (batch, width): the mean, or the state of [CLS]."""
+        if METHOD != "rail":
+            return lambda states: states[:, 0]
+        counts = self.ordinary(inputs)
+        counts[:, 0] |= ~counts.any(1)  # a text of special tokens alone
+        share = counts / counts.sum(1, keepdim=True)
+        return lambda states: torch.einsum("bl,blw->bw", share, states)
+
+    def random_batch(self):
+        numbers = torch.randint(len(self.train_dataset), [BATCH_SIZE]).tolist()
+        return self.data_collator([self.train_dataset[number] for number in numbers])
+
+    def mask(self, inputs):
+        """(batch, length): the places to rewrite, each ordinary token with probability MASK_RATE."""
+        places = self.ordinary(inputs)
+        places[places.clone()] = torch.rand(int(places.sum())) < MASK_RATE
+        return places
+
+    def rewrite(self, inputs, flow=False):
+        """(places, words): what the generator draws there. With `flow`, a straight-through Gumbel-softmax, as rows."""
+        places = self.mask(inputs)
+        scores = word_scores(self.generator, inputs, places, self.mask_token_id)[:, :self.vocabulary]
+        scores[:, self.special] = -math.inf
+        if flow:
+            return places, F.gumbel_softmax(scores, hard=True)
+        up_to = scores.softmax(-1).cumsum(-1)  # the same distribution, with one random number for a place
+        return places, torch.searchsorted(up_to, torch.rand(len(up_to), 1) * up_to[:, -1:], right=True).flatten()
+
+    def losses(self, inputs, layers, words=None):
+        """({"CE", "D" and, with `layers`, "RAIL" or "CRD": loss}, logits) of a batch, rewritten if there are `words`."""
+        pool = self.pool(inputs) if layers else None
+        logits, student = ask(self.model, inputs, words, pool)
+        soft_labels, teacher = inputs["soft_labels"], inputs.get("teacher_layers")
+        if words:
+            teacher_logits, teacher = ask(self.teacher, inputs, words, pool)
+            soft_labels = F.softmax(teacher_logits, -1)
+        cross_entropy = F.cross_entropy(logits, inputs["labels"], ignore_index=NO_LABEL, reduction="sum") / len(logits)
+        found = {"CE": cross_entropy,
+                 "D": F.kl_div(F.log_softmax(logits, -1), soft_labels, reduction="batchmean")}
+        if layers:
+            if METHOD == "rail":  # other layers in each epoch
+                draw = np.random.default_rng([SEED, int(self.state.epoch)])
+                teacher = teacher[:, np.sort(draw.choice(self.depth, self.many, replace=False))]
+            vectors = [project(one.flatten(1)) for project, one in zip(self.projections, (teacher, student))]
+            found |= {"RAIL": rail_loss(*vectors)} if METHOD == "rail" else {"CRD": contrastive_loss(*vectors)}
+        return found, logits
+
+    def generator_step(self, inputs):
+        """One step of the generator, and of the projections, to where the student errs; returns its D′ before it."""
+        found, _ = self.losses(inputs, METHOD != "mate", self.rewrite(inputs, flow=True))
+        aim = found["D"] if METHOD == "mate" else \
+            GENERATOR_WEIGHTS[0] * found["D"] + GENERATOR_WEIGHTS[1] * found["CRD"]
+        parameters = [*self.adversary.parameters()]
+        for parameter, grad in zip(parameters, torch.autograd.grad(-aim, parameters, allow_unused=True)):
+            parameter.grad = grad
+        clip_gradients(self.adversary, GENERATOR_MAX_GRAD_NORM)
+        self.adversary_optimizer.step()
+        self.adversary.zero_grad()
+        return found["D"].item()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        terms = TERMS[METHOD]
+        if model.training and self.generator and self.state.global_step % STUDENT_STEPS == 0:
+            for _ in range(GENERATOR_STEPS):
+                self.generator_step(self.random_batch())
+        found, logits = self.losses(inputs, model.training and ("CRD" in terms or "RAIL" in terms))
+        if model.training and self.generator:
+            with torch.no_grad():
+                words = self.rewrite(inputs)
+            rewritten, _ = self.losses(inputs, "CRD′" in terms, words)
+            found |= {f"{name}′": loss for name, loss in rewritten.items()}
+        loss = sum(weight * found[term] for term, weight in zip(terms, self.weights) if term in found)
+        return (loss, SequenceClassifierOutput(logits=logits)) if return_outputs else loss
+
+def word_scores(generator, inputs, places, mask_token_id):
+    """What a masked-language model finds likely at `places`, (places, vocabulary); the last product runs there alone."""
+    masked = inputs_of(inputs) | {"input_ids": inputs["input_ids"].masked_fill(places, mask_token_id)}
+    only_there = lambda module, given: given[0][places]
+    with generator.get_output_embeddings().register_forward_pre_hook(only_there):
+        return generator(**masked).logits
+
+MLM_STEPS = 100  # in which a generator that is made here learns to fill in words
+
+def make_generator(trainer):
+    """A masked-language model of the teacher's embeddings and lowest two layers, which learns from the training texts.
+
+    Without that its head, which starts random, would put random words: 100 steps brought its loss on the masked words
+    of JCM's test texts from 11.3 to 5.2. It is kept in CACHE.
+    """
+    config = trainer.teacher.config
+    generator = cut(trainer.teacher, transformers.MODEL_FOR_MASKED_LM_MAPPING[type(config)],
+                    range(min(2, trainer.depth)), trainer.teacher.state_dict())
+    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, *trainer.train_dataset["key"])
+    path = Path(CACHE, f"generator-{key}.pt")
+    if (state := load_whole(path)) is None:
+        say("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")
+        optimizer = torch.optim.AdamW(generator.train().parameters(), 5e-4)
+        for _ in tqdm(range(MLM_STEPS), desc="generator", leave=False, disable=None):
+            batch = trainer.random_batch()
+            places = trainer.mask(batch)
+            scores = word_scores(generator, batch, places, trainer.mask_token_id)
+            loss = F.cross_entropy(scores, batch["input_ids"][places], reduction="sum") / max(1, len(scores))
+            loss.backward()
+            clip_gradients(generator, MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+        save_whole(path, state := generator.state_dict())
+    generator.load_state_dict(state)
+    return generator.eval()
+
+def load_generator(teacher_tokenizer=None):
+    """(model, tokenizer): the masked-language model in GENERATOR; with the teacher's vocabulary if that is given."""
+    config = load_config(GENERATOR, "GENERATOR")
+    tokenizer = load_tokenizer(GENERATOR, config, "GENERATOR")
+    if teacher_tokenizer and tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        raise Problem(f"GENERATOR = {GENERATOR!r}: has {len(tokenizer):,} tokens, which are not the teacher's "
+                      f"{len(teacher_tokenizer):,}. For METHOD = {METHOD!r} name a masked-language model of the "
+                      "teacher's vocabulary, or None.")
+    with explain(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
+        model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            GENERATOR, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:  # a head of random weights would fill in random words
+        raise Problem(f"GENERATOR = {GENERATOR!r}: is no masked-language model: its file lacks "
+                      f"{', '.join(sorted(info['missing_keys'])[:4])}.")
+    return model.eval(), tokenizer
+
+class HardLabelTrainer(CustomTrainer):
+    """METHOD = "none": the loss is CE alone; the soft labels serve the report only."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        hard = {name: tensor for name, tensor in inputs.items() if name != "soft_labels"}
+        return super().compute_loss(model, hard, return_outputs)
+
+METHODS = {"none": HardLabelTrainer, "kd": CustomTrainer, **dict.fromkeys(TERMS, MethodTrainer)}  # METHOD → trainer
+
 # ── Option: the student as a graph for other programs ───────────────────────────────────────────────────
 
 class Graph(torch.nn.Module):
@@ -1349,7 +1682,8 @@ class Graph(torch.nn.Module):
         self.student = student
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        return self.student(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}  # not all families take them
+        return self.student(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
 def write_graphs(graph, example, folder):
     """Export as EXPORT and QUANTIZE say, with free batch and length → {file name: a function: inputs → logits}."""
@@ -1423,9 +1757,10 @@ def load_student(folder):
     """
     with explain(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
         kind = json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0]
-        kind = {"BiLSTM": BiLSTM}.get(kind, BertForSequenceClassification)
+        kind = BiLSTM if kind == "BiLSTM" else classifier_class(AutoConfig.from_pretrained(folder))
         model = kind.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.takes_types = takes_types(model.config)
 
     def predict(texts):
         rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]

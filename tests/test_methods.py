@@ -1,0 +1,497 @@
+"""The other methods, and other families of teachers: losses by hand, schedule, masks, resume, and end to end."""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import (AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizerFast,
+                          PreTrainedTokenizerFast)
+
+import distill
+from conftest import ROOT, SAMPLE, TINY, VOCABULARY, history, report, rows, save_model, tiny_model, write_csv
+
+FAMILIES = {family: methods for family, methods in distill.FAMILIES.items() if family != "bert"}
+METHODS = list(distill.TERMS)
+MODEL = Path("distilled_model/model.safetensors")
+
+
+def family_model(family, seed=0, **changes):
+    """A small random classifier of a family, over the sample's vocabulary, without dropout."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=VOCABULARY, num_labels=2, id2label={0: "negative", 1: "positive"},
+                 label2id={"negative": 0, "positive": 1}, pad_token_id=0, initializer_range=0.2, init_std=0.2)
+    for name in "hidden_size", "embedding_size", "dim", "d_model":
+        sizes[name] = 32
+    for name in "intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim":
+        sizes[name] = 64
+    for name in "num_attention_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads":
+        sizes[name] = 2
+    for name in "num_hidden_layers", "n_layers", "encoder_layers", "decoder_layers":
+        sizes[name] = 3
+    for name in "dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "seq_classif_dropout":
+        sizes[name] = 0.0
+    if family == "bart":
+        sizes |= dict(eos_token_id=3, bos_token_id=2, decoder_start_token_id=3, forced_eos_token_id=None)
+    if family == "modernbert":
+        sizes |= dict(cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+    known = AutoConfig.for_model(family)
+    config = AutoConfig.for_model(family, **{name: value for name, value in (sizes | changes).items() if hasattr(known, name)})
+    return distill.classifier_class(config)(config)
+
+
+def save_family(folder, family, **changes):
+    family_model(family, **changes).save_pretrained(folder)
+    if family == "modernbert":  # for which transformers loads Rust tokenizers only
+        names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+        rust = BertTokenizerFast(vocab=str(SAMPLE / "base" / "vocab.txt"))
+        PreTrainedTokenizerFast(tokenizer_object=rust.backend_tokenizer, **names).save_pretrained(folder)
+    else:
+        AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
+    return Path(folder)
+
+
+@pytest.fixture
+def make(settings, tmp_path):
+    """A function: method, family → a prepared trainer on 24 texts of the sample."""
+    def make(method, family="bert", texts=24, layers=1, **options):
+        for name, value in dict(METHOD=method, BATCH_SIZE=8, MLM_STEPS=3, CACHE=str(tmp_path / "cache"), NUM_LAYERS=layers,
+                                WARMUP_STEPS=0, MAX_LENGTH=32, **options).items():
+            settings.setattr(distill, name, value)
+        Path(distill.CACHE).mkdir(exist_ok=True)
+        teacher = family_model(family).eval().requires_grad_(False)
+        tokenizer = distill.load_tokenizer(str(SAMPLE / "base"), teacher.config)
+        names = dict(zip(("negative", "positive"), (0, 1)))
+        data = {split: distill.datasets.Dataset.from_list([{"text": text, "labels": names[label]} for text, label in
+                                                           rows(split, texts)]) for split in distill.SPLITS}
+        data = distill.add_soft_labels(distill.tokenize(data, tokenizer), teacher, distill.collate)
+        trainer = distill.make_trainer(distill.build_student(teacher), data, distill.collate, 2, 1e-3, 9,
+                                       distill.METHODS[method])
+        if method in distill.TERMS:
+            trainer.prepare(teacher, tokenizer)
+        trainer.state.epoch = 1
+        trainer.create_optimizer_and_scheduler(100)
+        return trainer
+    return make
+
+
+def first_batch(trainer, size=6):
+    return trainer.data_collator([trainer.train_dataset[number] for number in range(size)])
+
+
+def wider(batch, more=5):
+    """The same batch, padded further."""
+    return {name: F.pad(tensor, (0, more)) if name in ("input_ids", "attention_mask") else tensor
+            for name, tensor in batch.items()}
+
+
+# ── Losses by hand ──
+
+
+def test_rail_by_hand():
+    teacher, student = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[6.0, 8.0], [5.0, 0.0]])
+    assert distill.rail_loss(teacher, student).item() == pytest.approx((0 + math.sqrt(2)) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("method, divisor", [("cilda", 1), ("cilda+minild", math.log(2))])
+def test_the_contrast_by_hand(settings, method, divisor):
+    settings.setattr(distill, "METHOD", method)
+    teacher, student = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
+    half = math.sqrt(0.5)  # cosines: 1 and half for the first teacher's, 0 and half for the second's; each / 2
+    expected = (math.log(1 + math.exp((half - 1) / 2)) + math.log(1 + math.exp((0 - half) / 2))) / 2
+    assert distill.contrastive_loss(teacher, student).item() == pytest.approx(expected / divisor, rel=1e-6)
+    assert distill.contrastive_loss(teacher[:1], student[:1]).item() == 0  # nothing to tell it from
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_sum_of_a_method_by_hand(make, settings, method):
+    """The loss of a batch from its parts, each worked out with stock transformers and plain sums."""
+    trainer = make(method, layers=2)
+    trainer.state.global_step = 1  # no generator steps before it
+    batch, student, teacher = first_batch(trainer), trainer.model.train(), getattr(trainer, "teacher", None)
+    trainer.model.train()
+    torch.manual_seed(5)
+    found = trainer.compute_loss(student, batch).item()
+    torch.manual_seed(5)
+    texts = {"": batch["input_ids"]}
+    if trainer.generator:
+        places, words = trainer.rewrite(batch)
+        texts["′"] = batch["input_ids"].clone()
+        texts["′"][places] = words
+        assert (texts["′"] != texts[""]).any()
+    losses, mask = {}, batch["attention_mask"]
+    for mark, ids in texts.items():
+        (z_t, h_t), (z_s, h_s) = (
+            (out.logits, [h for h in out.hidden_states[1:]]) for out in
+            (model(ids, attention_mask=mask, output_hidden_states=True) for model in (teacher, student)))
+        log_t, log_s = z_t.log_softmax(-1), z_s.log_softmax(-1)
+        losses["CE" + mark] = -sum(log_s[row, label] for row, label in enumerate(batch["labels"])) / len(ids)
+        losses["D" + mark] = (log_t.exp() * (log_t - log_s)).sum() / len(ids)
+        if method == "rail":
+            chosen = sorted(distill.np.random.default_rng([distill.SEED, 1]).choice(3, 2, replace=False))
+            mean = lambda layers: torch.stack([
+                torch.cat([torch.stack([h[row, at] for at in range(ids.shape[1]) if mask[row, at] and ids[row, at] > 4])
+                           .mean(0) for h in layers]) for row in range(len(ids))])
+            pair = trainer.projections[0](mean([h_t[layer] for layer in chosen])), trainer.projections[1](mean(h_s))
+            losses["RAIL"] = distill.rail_loss(*pair)
+        else:
+            pair = [project(torch.cat([h[:, 0] for h in layers], -1)) for project, layers in
+                    zip(trainer.projections, (h_t, h_s))]
+            losses["CRD" + mark] = distill.contrastive_loss(*pair)
+    weights = dict(zip(distill.TERMS[method], {
+        "rail": (1 / 3, 1 / 3, 1 / 3), "mate": (1 / 3, 1 / 3, 1 / 3), "cilda": (0.333, 0.333, 0.222, 0.111),
+        "cilda+minild": (2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12)}[method]))
+    assert found == pytest.approx(sum(weight * losses[term].item() for term, weight in weights.items()), rel=1e-5)
+    student.eval()
+    assert trainer.compute_loss(student, batch).item() == pytest.approx(
+        weights["CE"] * losses["CE"].item() + weights["D"] * losses["D"].item(), rel=1e-5)
+
+
+def test_none_is_the_hard_labels_alone(teacher, data, run):
+    run("--method", "none", "--temperature", "7")
+    hard, lines = MODEL.read_bytes(), history()
+    run("--alpha", "0")
+    assert history() == lines and MODEL.read_bytes() == hard and report()["settings"]["METHOD"] == "kd"
+
+
+# ── Schedule and direction ──
+
+
+def test_ten_generator_steps_then_a_hundred_of_the_student(make, settings):
+    trainer, trace = make("mate", texts=59, MASK_RATE=0.1), []
+    settings.setattr(distill, "BATCH_SIZE", 1)
+    trainer.args.per_device_train_batch_size = 1
+    trainer._train_batch_size = 1
+    settings.setattr(trainer, "generator_step", lambda batch: trace.append("G"))
+    step = distill.training_step
+    settings.setattr(distill, "training_step", lambda trainer, batch: (step(trainer, batch), trace.append("S"))[0])
+    for epoch in 1, 2:
+        distill.train_epoch(trainer, epoch)
+    assert "".join(trace) == "G" * 10 + "S" * 100 + "G" * 10 + "S" * 18
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_text_counts_in_an_epoch(make, settings, method):
+    trainer, seen = make(method, texts=21, GENERATOR_STEPS=1), []
+    step = distill.training_step
+    settings.setattr(distill, "training_step", lambda trainer, batch: (seen.extend(batch["input_ids"]), step(trainer, batch))[1])
+    distill.train_epoch(trainer, 1)
+    assert len(seen) == 21  # 8 + 8 + 5
+
+
+@pytest.mark.parametrize("method", ["mate", "cilda", "cilda+minild"])
+def test_the_generator_raises_what_the_student_lowers(make, method):
+    trainer = make(method, GENERATOR_LEARNING_RATE=3e-3, MASK_RATE=0.5)
+    trainer.model.train()
+    batch = first_batch(trainer, 16)
+
+    def d():
+        """D′ on the fixed batch: a mean over 30 drawings, always the same random numbers."""
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return sum(trainer.losses(batch, False, trainer.rewrite(batch))[0]["D"].item() for _ in range(30)) / 30
+    before, student = d(), {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for _ in range(10):
+        trainer.generator_step(batch)
+    raised = d()
+    assert raised > before * 1.02
+    assert all(torch.equal(tensor, student[name]) for name, tensor in trainer.model.state_dict().items())
+    generator = {name: tensor.clone() for name, tensor in trainer.generator.state_dict().items()}
+    trainer.state.global_step = 1
+    for _ in range(5):
+        distill.training_step(trainer, batch)
+        trainer.state.global_step = 1
+    assert d() < raised
+    assert all(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.state_dict().items())
+
+
+@pytest.mark.parametrize("method, by_generator, by_student", [
+    ("rail", None, True), ("cilda", True, False), ("cilda+minild", True, True)])
+def test_who_trains_the_projections(make, method, by_generator, by_student):
+    trainer = make(method)
+    batch, weight, seen = first_batch(trainer), trainer.projections[0].weight, []
+    trainer.model.train()
+    for step in [lambda: trainer.generator_step(batch)] * bool(by_generator) + [lambda: distill.training_step(trainer, batch)]:
+        before = weight.detach().clone()
+        trainer.state.global_step = 1
+        step()
+        seen.append(not torch.equal(before, weight))
+    assert seen == [by_generator] * bool(by_generator) + [by_student]
+
+
+# ── Masks ──
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "bart"])
+def test_padding_changes_nothing(make, method, family):
+    if method not in distill.FAMILIES[family]:
+        pytest.skip("not for this family")
+    trainer = make(method, family)
+    batch, losses = first_batch(trainer), []
+    trainer.model.train()
+    for one in batch, wider(batch):
+        torch.manual_seed(3)
+        trainer.state.global_step = 1
+        losses.append([trainer.compute_loss(trainer.model, one).item()])
+        if trainer.generator:
+            torch.manual_seed(4)
+            found, _ = trainer.losses(one, method != "mate", trainer.rewrite(one, flow=True))
+            losses[-1] += [loss.item() for loss in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_padding_and_special_tokens_are_never_rewritten_or_pooled(make):
+    trainer = make("mate", MASK_RATE=1.0)
+    batch = wider(first_batch(trainer))
+    ids, (places, words) = batch["input_ids"], trainer.rewrite(batch)
+    assert torch.equal(places, (ids > 4) | (ids == 1)) and not set(words.tolist()) & {0, 2, 3, 4}  # 1: [UNK], a word
+    flow = trainer.rewrite(batch, flow=True)[1]
+    assert torch.allclose(flow.sum(-1), torch.ones(len(flow))) and not flow[:, [0, 2, 3, 4]].any()
+    rail = make("rail")
+    states = torch.randn(*ids.shape, 4)
+    assert torch.allclose(rail.pool(batch)(states)[0], states[0][places[0]].mean(0), atol=1e-6)
+    nothing = {"input_ids": torch.tensor([[2, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    assert torch.equal(rail.pool(nothing)(states[:1, :3]), states[:1, 0])
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta", "bart"])
+def test_a_rewritten_batch_is_answered_like_its_ids(make, family, flow):
+    """inputs_embeds, from ids and from rows over the vocabulary, against the stock forward of the rewritten ids."""
+    trainer = make("mate", family)
+    batch = wider(first_batch(trainer), 2)
+    with torch.no_grad():
+        places, words = trainer.rewrite(batch, flow)
+        ids = batch["input_ids"].clone()
+        ids[places] = words.argmax(-1) if flow else words
+        for model in trainer.teacher, trainer.model.eval():
+            stock = model(ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
+            logits, layers = distill.ask(model, batch, (places, words), trainer.pool(batch))
+            assert torch.allclose(logits, stock.logits, atol=1e-5)
+            states = (stock.get("encoder_hidden_states") or stock.hidden_states)[1:]
+            assert torch.allclose(layers, torch.stack([one[:, 0] for one in states], 1), atol=1e-5)
+
+
+def test_the_draw_is_the_generators_distribution(make, settings):
+    trainer = make("mate", MASK_RATE=1.0)
+    batch = {"input_ids": torch.full((1, 4001), 9), "attention_mask": torch.ones(1, 4001, dtype=torch.long)}
+    scores = torch.full((VOCABULARY,), -50.0)
+    scores[[3, 7, 8, 9]] = torch.tensor([9.0, math.log(5), math.log(3), math.log(2)])  # 3 is a special token
+    settings.setattr(distill, "word_scores", lambda generator, inputs, places, mask: scores.repeat(int(places.sum()), 1))
+    for flow in False, True:
+        torch.manual_seed(0)
+        words = trainer.rewrite(batch, flow)[1]
+        counts = (words.sum(0) if flow else torch.bincount(words, minlength=VOCABULARY)) / 4001
+        assert counts[[7, 8, 9]].tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.03) and counts.sum() == pytest.approx(1)
+
+
+# ── What is kept, and resume ──
+
+
+def test_the_teachers_layers_come_from_the_cache(make, settings, capsys):
+    trainer = make("rail")
+    batch = first_batch(trainer)
+    stock = trainer.teacher(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+    expected = torch.stack([trainer.pool(batch)(one) for one in stock.hidden_states[1:]], 1)
+    assert torch.allclose(batch["teacher_layers"], expected, atol=1e-5)
+    assert "its layers" in capsys.readouterr().out
+    (path,) = Path(distill.CACHE).glob("layers-*.arrow")
+    make("rail")
+    assert "its layers" not in capsys.readouterr().out
+    for harm in lambda content: content[:-9], lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:]:
+        path.write_bytes(harm(path.read_bytes()))
+        assert torch.equal(first_batch(make("rail"))["teacher_layers"], batch["teacher_layers"])
+        assert "its layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_like_an_undisturbed_one(teacher, data, run, settings, method):
+    for name, value in ("MLM_STEPS", 3), ("GENERATOR_STEPS", 2), ("STUDENT_STEPS", 4):
+        settings.setattr(distill, name, value)
+    options = "--method", method, "--epochs", "3", "--generator-steps", "2", "--student-steps", "4"
+    run(*options)
+    whole, lines = MODEL.read_bytes(), history()
+    epoch = distill.train_epoch
+
+    def killed(trainer, number):
+        if number == 3:
+            raise RuntimeError("killed")
+        return epoch(trainer, number)
+    with settings.context() as patch:
+        patch.setattr(distill, "train_epoch", killed)
+        with pytest.raises(RuntimeError):
+            run(*options, "--cache", "other")
+    assert "goes on after epoch 2" in run(*options, "--cache", "other")
+    assert MODEL.read_bytes() == whole and history() == lines
+
+
+def test_kill_9_in_the_method_with_most_to_keep(teacher, data):
+    save_generator("filler")
+    more = ["--method", "cilda+minild", "--generator", "filler", "--epochs", "4", "--generator-steps", "2",
+            "--student-steps", "4", "--cache"]
+    script = lambda *rest: [sys.executable, str(ROOT / "distill.py"), *TINY, *more, *rest]
+    subprocess.run(script("one", "--output", "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(script("two", "--output", "resumed"), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not Path("two/checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(script("two", "--output", "resumed"), check=True, capture_output=True, text=True)
+    assert "goes on after epoch" in again.stdout and history("whole") == history("resumed")
+    assert Path("whole/model.safetensors").read_bytes() == Path("resumed/model.safetensors").read_bytes()
+
+
+# ── The generator ──
+
+
+def save_generator(folder):
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
+
+
+def test_a_generator_of_ones_own(teacher, data, run, fails):
+    save_generator("filler")
+    printed = run("--method", "cilda", "--generator", "filler", "--epochs", "1", "--generator-steps", "1")
+    assert "no GENERATOR is set" not in printed
+    words = (SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines()
+    Path("filler/vocab.txt").write_text("\n".join([*words[:5], *reversed(words[5:])]), "utf-8")
+    assert "which are not the teacher's" in fails("--method", "mate", "--generator", "filler")
+    assert "is no masked-language model" in fails("--method", "mate", "--generator", str(teacher))
+
+
+def test_the_generator_made_here_learns_the_texts_and_is_kept(make, settings, capsys):
+    trainer = make("mate", texts=24)
+    batch = first_batch(trainer, 24)
+    torch.manual_seed(0)
+    places = trainer.mask(batch)
+
+    def loss():
+        with torch.no_grad():
+            return F.cross_entropy(distill.word_scores(trainer.generator, batch, places, 4), batch["input_ids"][places])
+    short = loss()
+    capsys.readouterr()
+    make("mate", texts=24)
+    assert "no GENERATOR is set" not in capsys.readouterr().out  # it is in the cache
+    for path in Path(distill.CACHE).glob("generator-*"):
+        path.unlink()
+    settings.setattr(distill, "MLM_STEPS", 60)
+    trainer.generator = distill.make_generator(trainer)
+    assert "no GENERATOR is set" in capsys.readouterr().out and loss() < short - 1
+
+
+# ── Families ──
+
+
+@pytest.mark.parametrize("family, method", [(family, method) for family in FAMILIES for method in FAMILIES[family]])
+def test_families_from_end_to_end(data, run, settings, family, method):
+    save_family("finetuned_bert_japanese", family)
+    settings.setattr(distill, "MLM_STEPS", 2)
+    run("--method", method, "--epochs", "1", "--generator-steps", "1", "--init-layers", "last", "--num-layers", "2")
+    student = transformers.AutoModelForSequenceClassification.from_pretrained("distilled_model")
+    assert student.config.model_type == family and student.config.id2label == {0: "negative", 1: "positive"}
+    layers = {name.split(".")[name.split(".").index(part) + 1] for name in student.state_dict()
+              for part in ("layer", "layers") if part in name.split(".")}
+    assert layers == {"0", "1"}
+    texts = [text for text, _ in rows("test", 16)]
+    found = [one["label"] for one in distill.load_student("distilled_model")(texts)]
+    right = sum(one == label for one, (_, label) in zip(found, rows("test", 16))) / 16
+    assert right == report()["student"]["splits"]["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_students_weights_are_the_teachers(settings, family):
+    """Where all layers are taken the student answers as its teacher does."""
+    teacher = family_model(family).eval()
+    settings.setattr(distill, "NUM_LAYERS", 3)
+    ids = torch.tensor([[2, 9, 11, 13, 3], [2, 8, 3, 0, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    with torch.no_grad():
+        student = distill.build_student(teacher).eval()
+        assert torch.equal(student(**given).logits, teacher(**given).logits)
+        settings.setattr(distill, "STUDENT_INIT", "random")
+        assert not torch.allclose(distill.build_student(teacher).eval()(**given).logits, teacher(**given).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_from_end_to_end(teacher, data, run, settings, method):
+    settings.setattr(distill, "MLM_STEPS", 2)
+    run("--method", method, "--epochs", "2", "--generator-steps", "1", "--num-layers", "2")
+    assert MODEL.exists() and report()["settings"]["METHOD"] == method
+    assert all(math.isfinite(float(number)) for line in history()[1:] for number in line.split(","))
+
+
+def test_methods_with_unlabelled_text_and_pairs(teacher, run, settings):
+    settings.setattr(distill, "MLM_STEPS", 2)
+    Path("data").mkdir()
+    for split, n in ("train", 20), ("val", 8), ("test", 8):
+        write_csv(Path("data", f"{split}.csv"), [(text, text[:5], label) for text, label in rows(split, n)],
+                  header=("text", "other", "label"))
+    for method in METHODS:
+        run("--method", method, "--text-pair-column", "other", "--augment", "1", "--epochs", "1", "--generator-steps", "1")
+
+
+@pytest.mark.parametrize("family, method", [("bart", "cilda+minild"), ("electra", "mate"), ("modernbert", "rail")])
+def test_methods_that_a_family_does_not_allow(data, fails, family, method):
+    save_family("finetuned_bert_japanese", family)
+    message = fails("--method", method)
+    assert f"is of the family '{family}'; METHOD = '{method}' accepts bert, roberta" in message
+
+
+def test_a_family_that_cannot_be_cut(data, fails):
+    save_family("finetuned_bert_japanese", "albert")
+    assert "is of the family 'albert'; METHOD = 'kd' accepts bert, roberta, bart, electra, deberta-v2" in fails()
+
+
+@pytest.mark.parametrize("family", distill.FAMILIES)
+def test_pairs_in_every_family(run, family):
+    save_family("finetuned_bert_japanese", family)
+    Path("data").mkdir()
+    for split, n in ("train", 12), ("val", 6), ("test", 6):
+        write_csv(Path("data", f"{split}.csv"), [(text, text[:5], label) for text, label in rows(split, n)],
+                  header=("text", "other", "label"))
+    run("--text-pair-column", "other", "--epochs", "1")
+    pairs = [(text, text[:5]) for text, _ in rows("test", 6)]
+    found = [one["label"] for one in distill.load_student("distilled_model")(pairs)]
+    assert report()["student"]["splits"]["test"]["accuracy"] == sum(
+        one == label for one, (_, label) in zip(found, rows("test", 6))) / 6
+
+
+# ── Settings ──
+
+
+def test_a_share_of_the_training_texts(teacher, data, run):
+    printed = run("--train-fraction", "0.5")
+    assert "train 24 ·" in printed
+    counts = [sum(label == one for _, label in rows("train", 48)) for one in ("negative", "positive")]
+    assert f"train has {round(counts[0] / 2)} negative, {round(counts[1] / 2)} positive" in printed
+    first = MODEL.read_bytes()
+    assert report()["teacher"]["splits"]["train"]["examples"] == 24
+    run("--train-fraction", "0.5")
+    assert MODEL.read_bytes() == first
+    run("--train-fraction", "0.5", "--seed", "1")
+    assert MODEL.read_bytes() != first
+
+
+def test_too_small_a_share(teacher, data, fails):
+    assert "TRAIN_FRACTION = 0.001: cannot be taken" in fails("--train-fraction", "0.001")
+
+
+@pytest.mark.parametrize("options, told", [
+    (["--method", "rail", "--student", "bilstm"], "METHOD = 'rail': needs STUDENT = \"bert\""),
+    (["--method", "none", "--augment", "1"], "METHOD = 'none': does without the teacher"),
+    (["--method", "mate", "--logit-loss", "mse"], "LOGIT_LOSS = 'mse': needs METHOD = \"kd\""),
+    (["--generator", "somewhere"], "does nothing without AUGMENT or the METHOD"),
+])
+def test_settings_that_do_not_go_together(teacher, data, fails, options, told):
+    assert told in fails(*options)
