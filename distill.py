@@ -111,9 +111,9 @@ def number(low, high=sys.float_info.max, kinds=(int, float)):
 def choice(*values):
     return " or ".join(f'"{value}"' if value else "None" for value in values), values.__contains__
 
-def weights(count):
-    return f"{count} numbers from 0", lambda value: (
-        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)))
+def weights(count):  # with neither CE nor KL there would be no validation loss
+    return f"{count} numbers from 0, the first or the second above 0", lambda value: (
+        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
     ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", text),
@@ -1460,20 +1460,19 @@ def ask(model, inputs, words=None, pool=None):
     given = inputs_of(inputs) | ({"output_hidden_states": True} if pool else {})
     if words:
         places, drawn = words
-        table = model.get_input_embeddings()
-        embeds = table(given["input_ids"]).clone()
+        ids, table = given.pop("input_ids"), model.get_input_embeddings()
         if drawn.dim() == 1:
-            embeds[places] = table(drawn)
+            embeds = table(ids.masked_scatter(places, drawn))
         else:
+            embeds = table(ids).clone()
             embeds[places] = drawn @ table.weight[:drawn.shape[1]] * getattr(table, "embed_scale", 1)
+        given["inputs_embeds"] = embeds
         if model.config.model_type == "bart":  # takes no inputs_embeds, but what it would make of them
-            start = torch.full_like(given["input_ids"][:, :1], model.config.decoder_start_token_id)
-            mask = given["attention_mask"]
-            given |= {"decoder_inputs_embeds": torch.cat([table(start), embeds[:, :-1]], 1), "encoder_outputs":
-                      model.model.encoder(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)}
-        else:
-            del given["input_ids"]
-            given["inputs_embeds"] = embeds
+            start, mask = torch.full_like(ids[:, :1], model.config.decoder_start_token_id), given["attention_mask"]
+            encoded = model.model.encoder(inputs_embeds=given.pop("inputs_embeds"), attention_mask=mask,
+                                          output_hidden_states=True)
+            given |= {"input_ids": ids, "encoder_outputs": encoded,
+                      "decoder_inputs_embeds": torch.cat([table(start), embeds[:, :-1]], 1)}
     outputs = model(**given)
     states = pool and (outputs.get("encoder_hidden_states") or outputs.get("hidden_states"))[1:]
     return outputs.logits, pool and torch.stack([pool(one) for one in states], 1)
@@ -1488,6 +1487,9 @@ class MethodTrainer(CustomTrainer):
     def prepare(self, teacher, tokenizer):
         """To be called once, before training."""
         self.teacher, self.mask_token_id = teacher, tokenizer.mask_token_id
+        rows = self.train_dataset
+        self.train_dataset = rows.select(np.argsort(rows["length"]))  # less padding where they are taken in order
+        self.lengths = np.array(self.train_dataset["length"])
         self.special = torch.tensor(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}))
         self.weights = {"rail": RAIL_WEIGHTS, "mate": MATE_WEIGHTS, "cilda": CILDA_WEIGHTS,
                         "cilda+minild": MINILD_WEIGHTS}[METHOD]
@@ -1499,10 +1501,12 @@ class MethodTrainer(CustomTrainer):
             for depth, model in ((self.many, teacher), (NUM_LAYERS, self.model)))
         self.beside = {"projections": self.projections}
         if "D′" in TERMS[METHOD]:
+            if self.mask_token_id is None:
+                raise Problem(f"METHOD = {METHOD!r}: the teacher's tokenizer has no mask token.")
             self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
             self.generator = make_generator(self) if GENERATOR is None else load_generator(tokenizer)[0]
             self.adversary = torch.nn.ModuleList([self.generator, self.projections])
-            self.adversary_optimizer = torch.optim.AdamW(self.adversary.parameters(), GENERATOR_LEARNING_RATE)
+            self.adversary_optimizer = torch.optim.AdamW(self.adversary.parameters(), GENERATOR_LEARNING_RATE, fused=True)
             self.beside = {"adversary": self.adversary, "adversary_optimizer": self.adversary_optimizer}
         if METHOD in ("rail", "cilda+minild"):  # on the texts themselves the teacher's layers never change
             self.train_dataset = self.with_teacher_layers(self.train_dataset)
@@ -1515,10 +1519,10 @@ class MethodTrainer(CustomTrainer):
 
     def with_teacher_layers(self, rows):
         """The rows with the column teacher_layers, (layers, width) a text, which stays on disk, in CACHE."""
-        rows = rows.select(np.argsort(rows["length"]))  # less padding, in what follows
         path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, *rows['key'])}.arrow")
+        part = str(Path(CACHE, "tmp", path.name))
         if load_whole(f"{path}.sum") != file_digest(path):
-            say("teacher", f"its layers, for METHOD = {METHOD!r}")
+            say("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
 
             @torch.inference_mode()
             def layers(batch):
@@ -1526,8 +1530,9 @@ class MethodTrainer(CustomTrainer):
                 return {"teacher_layers": ask(self.teacher, inputs, pool=self.pool(inputs))[1].numpy()}
 
             columns = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
-            rows.select_columns(columns).map(layers, batched=True, batch_size=64, remove_columns=columns, new_fingerprint=
-                                             path.stem, load_from_cache_file=False, cache_file_name=str(path))
+            rows.select_columns(columns).map(layers, batched=True, batch_size=64, remove_columns=columns,
+                                             new_fingerprint=path.stem, cache_file_name=part)
+            os.replace(part, path)
             save_whole(f"{path}.sum", file_digest(path))
         both = datasets.concatenate_datasets([rows.flatten_indices(), datasets.Dataset.from_file(str(path))], axis=1)
         return both.with_format("numpy", ["teacher_layers"], output_all_columns=True)
@@ -1546,7 +1551,8 @@ class MethodTrainer(CustomTrainer):
         return lambda states: torch.einsum("bl,blw->bw", share, states)
 
     def random_batch(self):
-        numbers = torch.randint(len(self.train_dataset), [BATCH_SIZE]).tolist()
+        """A batch of training texts, of like length as all are."""
+        numbers = shuffled(self.lengths, BATCH_SIZE, int(torch.randint(2**31, [])))[:BATCH_SIZE]
         return self.data_collator([self.train_dataset[number] for number in numbers])
 
     def mask(self, inputs):
@@ -1614,6 +1620,8 @@ class MethodTrainer(CustomTrainer):
 def word_scores(generator, inputs, places, mask_token_id):
     """What a masked-language model finds likely at `places`, (places, vocabulary); the last product runs there alone."""
     masked = inputs_of(inputs) | {"input_ids": inputs["input_ids"].masked_fill(places, mask_token_id)}
+    if not takes_types(generator.config):
+        masked.pop("token_type_ids", None)
     only_there = lambda module, given: given[0][places]
     with generator.get_output_embeddings().register_forward_pre_hook(only_there):
         return generator(**masked).logits
@@ -1633,7 +1641,7 @@ def make_generator(trainer):
     path = Path(CACHE, f"generator-{key}.pt")
     if (state := load_whole(path)) is None:
         say("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")
-        optimizer = torch.optim.AdamW(generator.train().parameters(), 5e-4)
+        optimizer = torch.optim.AdamW(generator.train().parameters(), 5e-4, fused=True)
         for _ in tqdm(range(MLM_STEPS), desc="generator", leave=False, disable=None):
             batch = trainer.random_batch()
             places = trainer.mask(batch)

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # models as small as these only wait for a second thread
+
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "sample"
@@ -49,6 +52,14 @@ def save_model(folder, tokenizer=True, **changes):
     if tokenizer:
         AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
     return folder
+
+
+def save_generator(folder):
+    """A random masked-language model over the sample's vocabulary."""
+    torch.manual_seed(0)
+    BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ BAD = {
     "BILSTM_HIDDEN": ["x"], "BILSTM_LEARNING_RATE": ["0"], "EXPORT": ["tf"], "QUANTIZE": ["int4"], "MAX_LENGTH": ["3", "12.5"],
     "INIT_LAYERS": ["middle", "(0, 1)", "(-1,)", "7", "()"], "TEXT_COLUMN": [""], "OUTPUT": [" "],
     "METHOD": ["kl", "None"], "TRAIN_FRACTION": ["0", "1.1"], "RAIL_WEIGHTS": ["(0.5, 0.5)", "1", "(1, 1, -1)"],
-    "MATE_WEIGHTS": ["(1, 1, 1, 1)"], "CILDA_WEIGHTS": ["(0.333, 0.333, 0.222)"], "MINILD_WEIGHTS": ["()", "(1, 1, 1, 1, 1, 'a')"],
+    "MATE_WEIGHTS": ["(1, 1, 1, 1)", "(0, 0, 1)"], "CILDA_WEIGHTS": ["(0.333, 0.333, 0.222)"], "MINILD_WEIGHTS": ["()", "(1, 1, 1, 1, 1, 'a')"],
     "GENERATOR_WEIGHTS": ["(1,)"], "PROJECTION": ["0"], "CRD_TEMPERATURE": ["0"], "MASK_RATE": ["1.5"], "GENERATOR_STEPS": ["0"],
     "STUDENT_STEPS": ["0.5"], "GENERATOR_LEARNING_RATE": ["0"], "GENERATOR_MAX_GRAD_NORM": ["-5"],
     "TEACHER_EPOCHS": ["0"], "TEACHER_LEARNING_RATE": ["0"], "CACHE": [""],

@@ -14,7 +14,7 @@ import torch
 from transformers import BertForSequenceClassification, BertModel, pipeline
 
 import distill
-from conftest import ROOT, SAMPLE, TINY, history, report, rows, save_model, tiny_model, write_csv
+from conftest import ROOT, SAMPLE, TINY, history, report, rows, save_generator, save_model, tiny_model, write_csv
 
 MODEL = Path("distilled_model/model.safetensors")
 
@@ -190,7 +190,10 @@ def script(*more):
 
 
 def test_kill_9_and_the_same_command_again(teacher, data):
-    run = ["--epochs", "6", "--patience", "9", "--cache"]
+    """In the method that has most to keep: generator, projections, both optimizers."""
+    save_generator("filler")
+    run = ["--method", "cilda+minild", "--generator", "filler", "--generator-steps", "2", "--student-steps", "4",
+           "--epochs", "6", "--patience", "9", "--cache"]
     subprocess.run(script(*run, "cache1", "--output", "whole"), check=True, capture_output=True)
     process = subprocess.Popen(script(*run, "cache2", "--output", "resumed"), stdout=subprocess.PIPE)
     deadline = time.monotonic() + 300
