@@ -994,7 +994,8 @@ def plot(history, best, path):
                   label=name.replace("_", " "))
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
     kd = f" = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
-    axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD})"))
+    axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD}; val: CE and KL alone)"
+                                              if METHOD in TERMS else " = CE"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
