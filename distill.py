@@ -176,8 +176,8 @@ def read_command_line(argv):
     predict = options.pop("predict")
     for name, given in options.items():
         value, accepts = given, ACCEPTED[name.upper()][0]
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(given)
+        with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
+            value = ast.literal_eval(re.sub(r"\b(\d+)/(\d+)\b", lambda part: str(int(part[1]) / int(part[2])), given))
         globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
     return predict
 
@@ -276,7 +276,7 @@ def say(stage, message):
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss; the others are for the model
+TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
 TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
@@ -376,7 +376,7 @@ def load_data(label2id=None):
             splits = dict(zip(SPLITS, (train, *cut(rest, 0.5))))
         say("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
     if TRAIN_FRACTION < 1:
-        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Raise it"):
+        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
             splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
     shares = Counter(splits["train"]["labels"])
     say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "

@@ -320,11 +320,14 @@ def test_every_setting_in_the_block_is_checked_and_explained():
 
 def test_values_on_the_command_line(settings):
     distill.read_command_line(["--alpha", "1", "--init-layers", "(0, 2)", "--num-layers", "2", "--teacher", "2024",
-                               "--tokenizer", "None", "--learning-rate", "3e-4", "--data", "日本語/データ.csv"])
+                               "--tokenizer", "None", "--learning-rate", "3e-4", "--data", "日本語/データ.csv",
+                               "--rail-weights", "(1/3, 1/3, 1/3)", "--cache", "1/2", "--alpha", "1/0"])
     found = {name: getattr(distill, name) for name in
-             ("ALPHA", "INIT_LAYERS", "NUM_LAYERS", "TEACHER", "TOKENIZER", "LEARNING_RATE", "DATA")}
-    assert found == {"ALPHA": 1, "INIT_LAYERS": (0, 2), "NUM_LAYERS": 2, "TEACHER": "2024", "TOKENIZER": None,
-                     "LEARNING_RATE": 3e-4, "DATA": "日本語/データ.csv"}
+             ("ALPHA", "INIT_LAYERS", "NUM_LAYERS", "TEACHER", "TOKENIZER", "LEARNING_RATE", "DATA", "RAIL_WEIGHTS", "CACHE")}
+    assert found == {"ALPHA": "1/0", "RAIL_WEIGHTS": (1 / 3, 1 / 3, 1 / 3), "CACHE": "1/2",
+                     "INIT_LAYERS": (0, 2), "NUM_LAYERS": 2, "TEACHER": "2024", "TOKENIZER": None, "LEARNING_RATE": 3e-4,
+                     "DATA": "日本語/データ.csv"}
+    distill.ALPHA = 1
     assert not distill.check_settings()
 
 
