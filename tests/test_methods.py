@@ -287,6 +287,18 @@ def test_the_draw_is_the_generators_distribution(make, settings):
         assert counts[[7, 8, 9]].tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.03) and counts.sum() == pytest.approx(1)
 
 
+def test_the_draw_never_falls_past_the_last_word(make, settings):
+    """Not even where the product of random number and sum is rounded up to the sum itself."""
+    trainer = make("mate", MASK_RATE=1.0)
+    batch = {"input_ids": torch.full((1, 2000), 9), "attention_mask": torch.ones(1, 2000, dtype=torch.long)}
+    scores = torch.randn(2000, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    settings.setattr(distill, "word_scores", lambda *given: scores.clone())
+    settings.setattr(trainer, "mask", trainer.ordinary)
+    settings.setattr(torch, "rand", lambda *size: torch.ones(size))
+    words = trainer.rewrite(batch)[1]
+    assert words.max() < VOCABULARY and not set(words.tolist()) & {0, 2, 3, 4}
+
+
 # ── What is kept, and resume ──
 
 
