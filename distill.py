@@ -718,6 +718,9 @@ def classify(model, tokenizer, texts, tokens=None):
     logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
     return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
 
+def soft_temperature():
+    return 1 if METHOD in TERMS else TEMPERATURE
+
 def add_soft_labels(data, teacher, collate_fn):
     """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for TERMS.
 
@@ -744,8 +747,8 @@ def add_soft_labels(data, teacher, collate_fn):
     say("teacher", f"labelled {len(new):,} texts; {len(set(rows['key'])) - len(new):,} were in the cache")
     for split, rows in data.items():
         logits, seconds = zip(*(known[key] for key in rows["key"]))
-        logits, temperature = torch.tensor(logits), 1 if METHOD in TERMS else TEMPERATURE
-        soft_labels = logits if LOGIT_LOSS == "mse" else F.softmax(logits / temperature, -1)
+        logits = torch.tensor(logits)
+        soft_labels = logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)
         data[split] = rows.add_column("soft_labels", soft_labels.tolist()).add_column("teacher_seconds", seconds)
     return data
 
@@ -1001,14 +1004,16 @@ def plot(history, best, path):
     axes.legend()
     figure.savefig(path, dpi=150)
 
-def score(predicted, labels, teacher_predicted, seconds):
-    """Figures of one model on one split; the first three are label numbers, (n,), the last is inference time."""
+def score(logits, labels, teacher_logits, seconds):
+    """Figures of one model on one split; logits are (n, classes), labels (n,), seconds the time of inference."""
+    predicted = logits.argmax(-1)
     f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
           for c in torch.cat([predicted, labels]).unique()]
     share = lambda hits: hits.double().mean().item()
     return {"examples": len(labels), "accuracy": share(predicted == labels), "macro_f1": share(torch.stack(f1)),
-            "agreement": share(predicted == teacher_predicted), "seconds": seconds,
-            "texts_per_second": len(labels) / max(seconds, 1e-9)}
+            "agreement": share(predicted == teacher_logits.argmax(-1)),
+            "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="batchmean").item(),
+            "seconds": seconds, "texts_per_second": len(labels) / max(seconds, 1e-9)}
 
 def evaluate(trainer, data):
     """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
@@ -1017,8 +1022,9 @@ def evaluate(trainer, data):
     for split, rows in data.items():
         batches, logits, seconds = zip(*predict(trainer.model, trainer.get_test_dataloader(rows)))
         labels, soft = (torch.cat([batch[name] for batch in batches]) for name in ("labels", "soft_labels"))
-        splits["teacher"][split] = score(soft.argmax(-1), labels, soft.argmax(-1), sum(rows["teacher_seconds"]))
-        splits["student"][split] = score(torch.cat(logits).argmax(-1), labels, soft.argmax(-1), sum(seconds))
+        teacher = soft if LOGIT_LOSS == "mse" else soft.log() * soft_temperature()  # its logits, but for a constant
+        splits["teacher"][split] = score(teacher, labels, teacher, sum(rows["teacher_seconds"]))
+        splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
     return splits
 
 def hardware():

@@ -64,11 +64,24 @@ def test_compute_loss_hands_only_its_inputs_to_the_model(teacher, data, run):
 
 
 def test_score_by_hand():
-    labels, teacher = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 1, 0, 1, 1, 2])
-    figures = distill.score(torch.tensor([0, 0, 1, 1, 0, 0]), labels, teacher, 2.0)
+    def half(chosen):  # logits of 1/2 for these classes, 1/4 for the two others
+        return (torch.full((6, 3), 0.25) + torch.eye(3)[chosen] / 4).log() + 7
+
+    figures = distill.score(half([0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2]), half([0, 1, 0, 1, 1, 2]), 2.0)
     # F1: class 0 = 2·2 / (4 + 3); class 1 = 2·1 / (2 + 2); class 2 = 0, for it stands in the labels but is never chosen
     assert figures == {"examples": 6, "accuracy": 0.5, "macro_f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
-                       "agreement": 2 / 6, "seconds": 2.0, "texts_per_second": 3.0}
+                       "agreement": 2 / 6, "seconds": 2.0, "texts_per_second": 3.0,
+                       # where they differ, 1/2 ln (1/2 : 1/4) + 1/4 ln (1/4 : 1/2)
+                       "kl": pytest.approx(4 / 6 * 0.25 * math.log(2))}
+
+
+def test_the_reported_kl_is_that_of_the_plain_distributions(teacher, data, run):
+    """Whatever the soft labels are made with: ALPHA 0 leaves the student as it is, so that only the report could differ."""
+    kl = set()
+    for options in (), ("--temperature", "7"), ("--logit-loss", "mse"):
+        run("--epochs", "1", "--alpha", "0", *options)
+        kl.add(round(json.loads(Path("distilled_model/report.json").read_text())["student"]["splits"]["test"]["kl"], 5))
+    assert len(kl) == 1 and kl.pop() > 0
 
 
 # ── Teacher and student ──

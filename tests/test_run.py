@@ -1,5 +1,6 @@
 """The command from end to end: what it writes, how it stops, goes on and starts again."""
 
+import json
 import math
 import os
 import re
@@ -35,7 +36,7 @@ def test_a_run_writes_everything_the_readme_names(teacher, data, run):
         assert {split: figures["examples"] for split, figures in result[role]["splits"].items()} == {
             "train": 48, "val": 16, "test": 16}
         for figures in result[role]["splits"].values():
-            assert set(figures) == {"examples", "accuracy", "macro_f1", "agreement", "seconds", "texts_per_second"}
+            assert set(figures) == {"examples", "accuracy", "macro_f1", "agreement", "kl", "seconds", "texts_per_second"}
             assert figures["seconds"] > 0 and math.isclose(
                 figures["texts_per_second"], figures["examples"] / figures["seconds"])
     test = {role: result[role]["splits"]["test"] for role in ("teacher", "student")}
@@ -392,3 +393,31 @@ def test_the_sample_is_what_its_script_writes(tmp_path):
         assert (target / name).read_bytes() == (SAMPLE / name).read_bytes()
     texts = [text for split in ("train", "val", "test") for text, _ in rows(split, None)]
     assert len(texts) == len(set(texts)) >= 4000
+
+
+# ── The table of settings over seeds ──
+
+
+def test_the_ablation_runs_each_setting_once_and_averages(teacher, data, run, capsys):
+    """Its figures are those of the same command by hand; what is finished is not repeated; a failure is told."""
+    import ablation
+    run("--epochs", "1", "--seed", "2")
+    Path("settings.txt").write_text("# comment\n\nby hand: --epochs 1\n", "utf-8")
+    command = ["settings.txt", "--folder", "runs", "--seeds", "1", "2", "--", *TINY, "--teacher", str(teacher)]
+    with pytest.raises(SystemExit, match="^0$"):
+        ablation.main(command)
+    made = [json.loads(line) for line in Path("runs/runs.jsonl").read_text("utf-8").splitlines()]
+    assert [(row["name"], row["seed"], row["epochs"]) for row in made] == [("by hand", 1, 1), ("by hand", 2, 1)]
+    test = report()["student"]["splits"]["test"]
+    for figure in "accuracy", "macro_f1", "agreement", "kl":
+        assert made[1][figure] == pytest.approx(test[figure], abs=1e-6)
+    first, second = (row["accuracy"] * 100 for row in made)
+    line = f"| by hand | 2 | {(first + second) / 2:.2f} ± {abs(first - second) / math.sqrt(2):.2f} |"
+    assert line in Path("runs/table.md").read_text("utf-8")
+
+    Path("settings.txt").write_text("by hand: --epochs 1\nwrong: --epochs 0\n", "utf-8")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        ablation.main(command[:4] + command[5:])
+    told = capsys.readouterr().out
+    assert told.startswith("wrong, seed 2: distill.py: these settings must be put right") and "| by hand | 2 |" in told
