@@ -1674,9 +1674,9 @@ def load_generator(teacher_tokenizer=None):
     with explain(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             GENERATOR, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # a head of random weights would fill in random words
-        raise Problem(f"GENERATOR = {GENERATOR!r}: is no masked-language model: its file lacks "
-                      f"{', '.join(sorted(info['missing_keys'])[:4])}.")
+    kind = (config.architectures or [""])[0]  # a classifier's head for words would be random or, for BART, forgotten
+    if info["missing_keys"] or "Classification" in kind:
+        raise Problem(f"GENERATOR = {GENERATOR!r}: is no masked-language model but a {kind or 'part of one'}.")
     return model.eval(), tokenizer
 
 class HardLabelTrainer(CustomTrainer):

@@ -348,7 +348,9 @@ def test_a_generator_of_ones_own(teacher, data, run, fails):
     words = (SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines()
     Path("filler/vocab.txt").write_text("\n".join([*words[:5], *reversed(words[5:])]), "utf-8")
     assert "which are not the teacher's" in fails("--method", "mate", "--generator", "filler")
-    assert "is no masked-language model" in fails("--method", "mate", "--generator", str(teacher))
+    assert "no masked-language model but a BertForSeq" in fails("--method", "mate", "--generator", str(teacher))
+    save_family("bart", "bart")  # a classifier whose head for words would be its word embeddings
+    assert "no masked-language model but a BartForSeq" in fails("--method", "mate", "--generator", "bart")
 
 
 def test_the_generator_made_here_learns_the_texts_and_is_kept(make, settings, capsys):

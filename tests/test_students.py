@@ -287,7 +287,7 @@ def test_faults_of_the_new_settings(teacher, data, fails, settings):
     write_csv("other.csv", [["a"]], header=["sentence"])
     assert "without the column(s) text" in fails("--unlabeled", "other.csv")
     assert "GENERATOR = './nowhere'" in fails("--augment", "1", "--generator", "./nowhere")
-    assert "is no masked-language model: its file lacks cls." in fails("--augment", "1", "--generator", str(teacher))
+    assert "is no masked-language model but a BertForSeq" in fails("--augment", "1", "--generator", str(teacher))
 
 
 # ── Export ──
