@@ -694,7 +694,8 @@ def load_model(name, setting="TEACHER", config=None):
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
         raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
-                      f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model, or fine-tune this one first: name it in TEACHER_BASE.")
+                      f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model; to fine-tune this one first, name it "
+                      "in TEACHER_BASE.")
     body = model.base_model_prefix + "."
     if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
         raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
@@ -1391,7 +1392,8 @@ class BiLSTM(transformers.PreTrainedModel):
         """(length, batch, embedding) → (length, batch, hidden), with the weights that self.lstm has for a direction.
 
         In a training step of 32 texts, one direction of padded texts at a time is 1.7 times as fast as self.lstm over
-        packed ones (x86). An exported graph gets a loop, for torch.export would write out torch.lstm step by step, for one length.
+        packed ones (x86). An exported graph gets a loop: torch.export would write torch.lstm out, step by step, for one
+        length.
         """
         names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
         w_x, w_h, b_x, b_h = weights = [getattr(self.lstm, name + direction) for name in names]
