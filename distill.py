@@ -1013,7 +1013,8 @@ def score(logits, labels, teacher_logits, seconds):
     share = lambda hits: hits.double().mean().item()
     return {"examples": len(labels), "accuracy": share(predicted == labels), "macro_f1": share(torch.stack(f1)),
             "agreement": share(predicted == teacher_logits.argmax(-1)),
-            "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="batchmean").item(),
+            "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean",
+                           log_target=True).item(),
             "seconds": seconds, "texts_per_second": len(labels) / max(seconds, 1e-9)}
 
 def evaluate(trainer, data):
