@@ -1024,7 +1024,7 @@ def evaluate(trainer, data):
     for split, rows in data.items():
         batches, logits, seconds = zip(*predict(trainer.model, trainer.get_test_dataloader(rows)))
         labels, soft = (torch.cat([batch[name] for batch in batches]) for name in ("labels", "soft_labels"))
-        teacher = soft if LOGIT_LOSS == "mse" else soft.log() * soft_temperature()  # its logits, but for a constant
+        teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_temperature()  # but for a constant
         splits["teacher"][split] = score(teacher, labels, teacher, sum(rows["teacher_seconds"]))
         splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
     return splits

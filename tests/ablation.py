@@ -34,12 +34,15 @@ COLUMNS = {  # figure of a run → its head in the table, factor, digits, whethe
 
 def read_settings(path):
     """{name: options} from the lines of a file; empty ones and those that begin with # are left out."""
-    lines = [line.partition(":") for line in map(str.strip, path.read_text("utf-8").splitlines())
-             if line and not line.startswith("#")]
-    names = [name.strip() for name, colon, _ in lines if colon]
-    if not lines or len(set(names)) < len(lines):
+    try:
+        lines = [line.partition(":") for line in map(str.strip, path.read_text("utf-8").splitlines())
+                 if line and not line.startswith("#")]
+        settings = {name.strip(): shlex.split(options) for name, colon, options in lines if colon}
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: {error}")
+    if not lines or len(settings) < len(lines):
         sys.exit(f"{path}: needs lines of a name, a colon and options, each with a name of its own.")
-    return dict(zip(names, (shlex.split(options) for _, _, options in lines)))
+    return settings
 
 
 def run(options, folder, name, seed):
