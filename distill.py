@@ -119,8 +119,10 @@ ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its t
     ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", text),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
      lambda value: value is None or text(value)),
-    ("TEACHER_EPOCHS NUM_LAYERS EPOCHS PATIENCE BATCH_SIZE BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION GENERATOR_STEPS "
-     "STUDENT_STEPS", "a whole number from 1", number(1, kinds=[int])),
+    ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
+     number(1, kinds=[int])),
+    ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
+    ("BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION", "a whole number from 1 to 10000", number(1, 10_000, [int])),
     ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
      "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
     ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
@@ -1648,7 +1650,7 @@ def make_generator(trainer):
     config = trainer.teacher.config
     generator = cut(trainer.teacher, transformers.MODEL_FOR_MASKED_LM_MAPPING[type(config)],
                     range(min(2, trainer.depth)), trainer.teacher.state_dict())
-    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, *trainer.train_dataset["key"])
+    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, *trainer.train_dataset["key"])
     path = Path(CACHE, f"generator-{key}.pt")
     if (state := load_whole(path)) is None:
         say("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")

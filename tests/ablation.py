@@ -103,7 +103,7 @@ def main(argv=None):
             (given.folder / "table.md").write_text(table(settings, current), "utf-8")
     if (given.folder / "table.md").exists():
         print((given.folder / "table.md").read_text("utf-8"))
-    sys.exit(f"{failed} runs failed; the same command tries them again." if failed else 0)
+    sys.exit(f"runs that failed: {failed}; the same command tries them again" if failed else 0)
 
 
 if __name__ == "__main__":

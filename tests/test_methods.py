@@ -52,6 +52,14 @@ def save_family(folder, family, **changes):
     return Path(folder)
 
 
+def write_pairs(n):
+    """Pairs of texts in data: n for training, half as many in val and test."""
+    Path("data").mkdir()
+    for split, many in ("train", n), ("val", n // 2), ("test", n // 2):
+        write_csv(Path("data", f"{split}.csv"), [(text, text[:5], label) for text, label in rows(split, many)],
+                  header=("text", "other", "label"))
+
+
 @pytest.fixture
 def make(settings, tmp_path):
     """A function: method, family → a prepared trainer on 24 texts of the sample."""
@@ -416,10 +424,7 @@ def test_methods_from_end_to_end(teacher, data, run, settings, method):
 
 def test_methods_with_unlabelled_text_and_pairs(teacher, run, settings):
     settings.setattr(distill, "MLM_STEPS", 2)
-    Path("data").mkdir()
-    for split, n in ("train", 20), ("val", 8), ("test", 8):
-        write_csv(Path("data", f"{split}.csv"), [(text, text[:5], label) for text, label in rows(split, n)],
-                  header=("text", "other", "label"))
+    write_pairs(20)
     for method in METHODS:
         run("--method", method, "--text-pair-column", "other", "--augment", "1", "--epochs", "1", "--generator-steps", "1")
 
@@ -439,10 +444,7 @@ def test_a_family_that_cannot_be_cut(data, fails):
 @pytest.mark.parametrize("family", distill.FAMILIES)
 def test_pairs_in_every_family(run, family):
     save_family("finetuned_bert_japanese", family)
-    Path("data").mkdir()
-    for split, n in ("train", 12), ("val", 6), ("test", 6):
-        write_csv(Path("data", f"{split}.csv"), [(text, text[:5], label) for text, label in rows(split, n)],
-                  header=("text", "other", "label"))
+    write_pairs(12)
     run("--text-pair-column", "other", "--epochs", "1")
     pairs = [(text, text[:5]) for text, _ in rows("test", 6)]
     found = [one["label"] for one in distill.load_student("distilled_model")(pairs)]

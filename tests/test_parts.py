@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import distill
-from conftest import DEFAULTS, ROOT, SAMPLE, rows, tiny_model, write_csv
+from conftest import DEFAULTS, ROOT, SAMPLE, report, rows, tiny_model, write_csv
 
 # ── Loss ──
 
@@ -80,13 +80,13 @@ def test_the_reported_kl_is_that_of_the_plain_distributions(teacher, data, run):
     kl = set()
     for options in (), ("--temperature", "7"), ("--logit-loss", "mse"):
         run("--epochs", "1", "--alpha", "0", *options)
-        kl.add(round(json.loads(Path("distilled_model/report.json").read_text())["student"]["splits"]["test"]["kl"], 5))
+        kl.add(round(report()["student"]["splits"]["test"]["kl"], 5))
     assert len(kl) == 1 and kl.pop() > 0
     model = BertForSequenceClassification.from_pretrained(teacher)
     model.classifier.weight.data *= 1e4  # so certain that its soft labels are 0 and 1 in 32 bits
     model.save_pretrained(teacher)
     run("--epochs", "1", "--method", "rail")
-    assert math.isfinite(json.loads(Path("distilled_model/report.json").read_text())["student"]["splits"]["test"]["kl"])
+    assert math.isfinite(report()["student"]["splits"]["test"]["kl"])
 
 
 # ── Teacher and student ──

@@ -25,17 +25,17 @@ def edit_config(folder, **changes):
 # ── Settings ──
 
 BAD = {
-    "TEACHER": [""], "NUM_LAYERS": ["0", "1.5", "two", "None"], "ALPHA": ["-0.1", "1.1", "half", "nan", "True", "1" + "0" * 400],
+    "TEACHER": [""], "NUM_LAYERS": ["0", "1.5", "two", "None", "101"], "ALPHA": ["-0.1", "1.1", "half", "nan", "True", "1" + "0" * 400],
     "TEMPERATURE": ["0", "-1", "inf"], "EPOCHS": ["0", "2.0", "1" + "0" * 400], "PATIENCE": ["0"], "BATCH_SIZE": ["0", "-8"],
     "LEARNING_RATE": ["0", "-1e-4", "fast"], "SCHEDULE": ["cosine"], "WARMUP_STEPS": ["-1"], "WEIGHT_DECAY": ["-0.1"],
     "MAX_GRAD_NORM": ["0"], "SEED": ["-1", "x"], "STUDENT_INIT": [" "], "STUDENT": ["lstm"],
     "LOGIT_LOSS": ["l2"], "AUGMENT": ["-1", "0.5"], "AUGMENT_MASK": ["1.1"],
     "AUGMENT_NGRAM": ["-0.1"], "UNLABELED": [" "], "GENERATOR": [" "], "BILSTM_WORDS": ["None"], "BILSTM_EMBEDDING": ["0"],
-    "BILSTM_HIDDEN": ["x"], "BILSTM_LEARNING_RATE": ["0"], "EXPORT": ["tf"], "QUANTIZE": ["int4"], "MAX_LENGTH": ["3", "12.5"],
+    "BILSTM_HIDDEN": ["x", "10001"], "BILSTM_LEARNING_RATE": ["0"], "EXPORT": ["tf"], "QUANTIZE": ["int4"], "MAX_LENGTH": ["3", "12.5"],
     "INIT_LAYERS": ["middle", "(0, 1)", "(-1,)", "7", "()"], "TEXT_COLUMN": [""], "OUTPUT": [" "],
     "METHOD": ["kl", "None"], "TRAIN_FRACTION": ["0", "1.1"], "RAIL_WEIGHTS": ["(0.5, 0.5)", "1", "(1, 1, -1)"],
     "MATE_WEIGHTS": ["(1, 1, 1, 1)", "(0, 0, 1)"], "CILDA_WEIGHTS": ["(0.333, 0.333, 0.222)"], "MINILD_WEIGHTS": ["()", "(1, 1, 1, 1, 1, 'a')"],
-    "GENERATOR_WEIGHTS": ["(1,)"], "PROJECTION": ["0"], "CRD_TEMPERATURE": ["0"], "MASK_RATE": ["1.5"], "GENERATOR_STEPS": ["0"],
+    "GENERATOR_WEIGHTS": ["(1,)"], "PROJECTION": ["0", "1000000000"], "CRD_TEMPERATURE": ["0"], "MASK_RATE": ["1.5"], "GENERATOR_STEPS": ["0"],
     "STUDENT_STEPS": ["0.5"], "GENERATOR_LEARNING_RATE": ["0"], "GENERATOR_MAX_GRAD_NORM": ["-5"],
     "TEACHER_EPOCHS": ["0"], "TEACHER_LEARNING_RATE": ["0"], "CACHE": [""],
 }
