@@ -49,7 +49,9 @@ MAX_LENGTH = 128  # tokens; longer texts are cut (and counted). Raise it freely:
 STUDENT = "bert"  # or "bilstm", with words of its own; its sizes stand below
 NUM_LAYERS = 1  # encoder layers of a "bert"; all else is as in the model that it starts from
 STUDENT_INIT = "teacher"  # start from the teacher's weights, from "random" ones, or from a small pretrained model's
-INIT_LAYERS = "first"  # that model's layers to start from: "first", "last", "spread" or e.g. (0, 11)
+INIT_LAYERS = "last"  # that model's layers to start from: "first", "last", "spread" or e.g. (0, 11)
+REFIT_WORDS = 2  # each word starts as what that many of the teacher's layers make of it; 0: as it stands
+DROPOUT = 0.0  # of a "bert" in training: soft labels regularize enough; None: as in the model it starts from
 # Loss
 METHOD = "kd"  # or "none" (hard labels alone), "rail", "mate", "cilda", "cilda+minild": see below
 ALPHA = 0.5  # weight of the soft labels (KL) against the hard labels (CE); 1: soft labels alone
@@ -126,9 +128,10 @@ ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its t
     ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
      "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
     ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
-    ("AUGMENT", "a whole number from 0", number(0, kinds=[int])),
+    ("AUGMENT REFIT_WORDS", "a whole number from 0", number(0, kinds=[int])),
     ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
     ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
+    ("DROPOUT", "a number from 0, below 1, or None", lambda value: value is None or number(0, 0.999)(value)),
     ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", number(0, 1)),
     ("TRAIN_FRACTION", "a number above 0, at most 1", number(sys.float_info.min, 1)),
     ("METHOD", *choice("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
@@ -768,16 +771,16 @@ def build_student(teacher):
     source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
     depth = min(getattr(source.config, name) for name in DEPTHS if hasattr(source.config, name))
     if STUDENT_INIT == "random":
-        return cut(source, classifier_class(source.config), range(NUM_LAYERS), weights={})
+        return cut(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
     layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
     if min(layers) < 0 or max(layers) >= depth:
         raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
                       f"0 to {depth - 1}.")
-    return cut(source, classifier_class(source.config), layers, source.state_dict())
+    return cut(source, classifier_class(source.config), layers, source.state_dict(), DROPOUT)
 
 DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
 
-def cut(source, kind, layers, weights):
+def cut(source, kind, layers, weights, dropout=None):
     """A `kind` like `source`, with these of its layers. Of `weights` it takes all that it has; the rest starts random."""
     config = copy.deepcopy(source.config)
     for name in DEPTHS:
@@ -785,12 +788,50 @@ def cut(source, kind, layers, weights):
             setattr(config, name, len(layers))
     if getattr(config, "layer_types", None):  # ModernBERT's layers look near or far
         config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in layers]
+    stock = {name: value for name, value in config.to_dict().items() if "dropout" in name and dropout is not None}
+    config.update(dict.fromkeys(stock, dropout))  # families name theirs differently
     transformers.set_seed(SEED)
     model = kind(config).to("cpu")
+    model.config.update(stock)  # who trains the student on finds what the source had
     there = {name: re.sub(r"(?<=layer\.)\d+|(?<=layers\.)\d+", lambda number: str(layers[int(number[0])]), name)
              for name in model.state_dict()}
     model.load_state_dict({name: weights[other] for name, other in there.items() if other in weights}, strict=False)
     return model
+
+@torch.inference_mode()
+def refit_words(student, teacher, tokenizer, rows, collate_fn):
+    """Make each of the student's word vectors what REFIT_WORDS of the teacher's layers make of the word in context.
+
+    One layer sees words as they stand; the teacher's last layer, which it starts from, was used to words that the layers
+    below had read in their sentences. So each word gets the vector from which the embeddings' LayerNorm makes the mean
+    of the states that the word has in `rows` and by itself (in the manner of Bommasani et al. 2020,
+    https://aclanthology.org/2020.acl-main.431). It is an ordinary embedding, and goes on learning.
+    """
+    depth = min(REFIT_WORDS, teacher.config.num_hidden_layers)
+    path = Path(CACHE, f"words-{digest(teacher, depth, *rows['key'])}.pt")
+    if (words := load_whole(path)) is None:
+        say("teacher", f"its first {depth} layers read the training texts once more, for the student's word vectors")
+        few = cut(teacher, type(teacher), range(depth), teacher.state_dict()).bert.eval()
+        embeddings, norm = few.embeddings, few.embeddings.LayerNorm
+        own = embeddings.word_embeddings.weight
+        states, places, counts = torch.zeros_like(own), torch.zeros_like(own), torch.zeros(len(own), 1)
+        ordinary = sorted({*range(len(own))} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids})
+        frame = tokenizer("")["input_ids"]  # [CLS], [SEP]
+        alone = [[*frame[:1], number, *frame[1:]] for number in ordinary]
+        alone = datasets.Dataset.from_dict({"input_ids": alone, "length": list(map(len, alone))})
+        for batch in itertools.chain(inference_loader(rows, collate_fn), inference_loader(alone, collate_fn)):
+            ids, there = batch["input_ids"], batch["attention_mask"].bool()
+            state = few(**inputs_of(batch)).last_hidden_state
+            state = (state - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)  # the LayerNorm undone, without 1/0
+            types = embeddings.token_type_embeddings(batch.get("token_type_ids", torch.zeros_like(ids)))
+            place = embeddings.position_embeddings.weight[:ids.shape[1]] + types
+            for total, one in (states, state), (places, place), (counts, torch.ones(*ids.shape, 1)):
+                total.index_add_(0, ids[there], one[there])
+        places /= counts.clamp(min=1)
+        size = (own + places).std(-1, correction=0, keepdim=True)  # LayerNorm leaves it open: as it was
+        words = torch.where(counts > 0, F.layer_norm(states, states.shape[-1:], eps=0) * size - places, own)
+        save_whole(path, words)
+    student.get_input_embeddings().weight.copy_(words)
 
 # ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
 
@@ -1139,6 +1180,8 @@ def run():
     lap("soft labels")
 
     student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
+    if REFIT_WORDS and (STUDENT, STUDENT_INIT, teacher.config.model_type) == ("bert", "teacher", "bert"):
+        refit_words(student, teacher, tokenizer, data["train"], collate_fn)
     if student_tokenizer is not tokenizer:
         tokenizer, data = student_tokenizer, {split: with_student_ids(rows) for split, rows in data.items()}
         collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)

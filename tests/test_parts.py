@@ -132,10 +132,67 @@ def test_the_student_starts_from_the_chosen_layers(settings, layers, chosen):
     assert torch.equal(weights["classifier.bias"], teacher.classifier.bias)  # the teacher's weights are its own
 
 
+@pytest.mark.parametrize("dropout, expected", [(None, {0.1, 0.3}), (0.25, {0.25}), (0, {0})])
+def test_dropout_of_the_student_in_training_and_of_nobody_else(settings, dropout, expected):
+    settings.setattr(distill, "DROPOUT", dropout)
+    teacher = tiny_model(attention_probs_dropout_prob=0.3)
+    drops = lambda model: {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    student = distill.build_student(teacher)
+    assert drops(student) == expected and drops(teacher) == {0.1, 0.3}
+    student.save_pretrained("student")
+    assert drops(BertForSequenceClassification.from_pretrained("student")) == {0.1, 0.3}
+
+
 def test_a_random_student_owes_nothing_to_the_teacher(settings):
     settings.setattr(distill, "STUDENT_INIT", "random")
     first, second = distill.build_student(tiny_model()), distill.build_student(tiny_model(seed=1))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_word_vectors_refitted_against_stock_hidden_states(settings, pairs):
+    """By the definition, text by text: LayerNorm(word + mean place) is the mean of the word's states, LayerNorm undone."""
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "base")
+    stock = tiny_model(num_hidden_layers=4).eval()
+    torch.nn.init.uniform_(stock.bert.embeddings.LayerNorm.weight, 0.9, 1.1)
+    student, texts = distill.build_student(stock), [text for text, _ in rows("train", 24)]
+    given = [tokenizer(text, text[:5] if pairs else None, return_token_type_ids=True) for text in texts]
+    table = datasets.Dataset.from_dict({
+        "input_ids": [one["input_ids"] for one in given], "length": [len(one["input_ids"]) for one in given],
+        "key": texts, **({"token_type_ids": [one["token_type_ids"] for one in given]} if pairs else {})})
+    Path(distill.CACHE).mkdir()
+    before = student.get_input_embeddings().weight.detach().clone()
+    distill.refit_words(student, stock, tokenizer, table, distill.collate)
+    after = student.get_input_embeddings().weight.detach()
+
+    special = {*tokenizer.all_special_ids}
+    alone = [{"input_ids": tokenizer.build_inputs_with_special_tokens([number])}
+             for number in range(len(tokenizer)) if number not in special]
+    embeddings, states, places = stock.bert.embeddings, {}, {}
+    with torch.no_grad():
+        for one in [*given, *alone]:
+            ids = torch.tensor([one["input_ids"]])
+            types = torch.tensor([one.get("token_type_ids", [0] * len(one["input_ids"]))])
+            hidden = stock.bert(ids, token_type_ids=types, output_hidden_states=True).hidden_states[distill.REFIT_WORDS][0]
+            undone = (hidden - embeddings.LayerNorm.bias) / embeddings.LayerNorm.weight
+            place = embeddings.position_embeddings.weight[:len(ids[0])] + embeddings.token_type_embeddings(types[0])
+            for number, state, where in zip(ids[0].tolist(), undone, place):
+                states.setdefault(number, []).append(state)
+                places.setdefault(number, []).append(where)
+    normal = lambda x: torch.nn.functional.layer_norm(x, x.shape)
+    for number in states:
+        mean, place = torch.stack(states[number]).mean(0), torch.stack(places[number]).mean(0)
+        torch.testing.assert_close(normal(after[number] + place), normal(mean), atol=1e-3, rtol=1e-3)
+        assert (after[number] + place).std(correction=0).item() == pytest.approx((before[number] + place).std(correction=0).item(), rel=1e-4)
+    unseen = [number for number in special if number not in states]
+    assert unseen and torch.equal(after[unseen], before[unseen]) and after.isfinite().all()
+
+
+def test_refitted_once_and_only_where_it_can_be(teacher, data, run):
+    note = "once more, for the student's word vectors"
+    assert "its first 2 layers" in (out := run()) and note in out and note not in run("--alpha", "0.9")
+    assert note not in run("--refit-words", "0") and note not in run("--student-init", "random")
+    assert "its first 3 layers" in run("--refit-words", "7")  # of a teacher that has no more
 
 
 # ── Data ──

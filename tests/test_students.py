@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -152,6 +153,17 @@ def copies(texts, tokenizer, settings, n=3, mask=0.1, ngram=0.25, seed=42):
 
 
 TEXTS = [text for text, _ in rows("train", 40)]
+
+
+def test_word_vectors_refitted_with_a_tokenizer_in_rust(rust):
+    teacher, text = tiny_model(vocab_size=len(rust)), "the film is not good"
+    student, ids = distill.build_student(teacher), rust(text)["input_ids"]
+    before = student.get_input_embeddings().weight.detach().clone()
+    Path(distill.CACHE).mkdir()
+    table = datasets.Dataset.from_dict({"input_ids": [ids], "length": [len(ids)], "key": [text]})
+    distill.refit_words(student, teacher, rust, table, distill.collate)
+    changed = (student.get_input_embeddings().weight != before).any(-1).nonzero().flatten().tolist()
+    assert changed == sorted({*range(len(rust))} - {rust.pad_token_id, rust.unk_token_id, rust.mask_token_id})
 
 
 def test_words_tokenize_like_their_text(japanese, rust, settings):
