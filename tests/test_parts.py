@@ -114,7 +114,7 @@ def test_soft_labels_are_those_of_the_stock_model(teacher, data, settings):
         assert min(table[split]["teacher_seconds"]) > 0
 
 
-@pytest.mark.parametrize("layers, chosen", [("first", [0, 1]), ("last", [3, 4]), ("spread", [0, 4]), ((3, 1), [3, 1])])
+@pytest.mark.parametrize("layers, chosen", [("first", [0, 1]), ("middle", [2, 3]), ("last", [3, 4]), ("spread", [0, 4]), ((3, 1), [3, 1])])
 def test_the_student_starts_from_the_chosen_layers(settings, layers, chosen):
     settings.setattr(distill, "NUM_LAYERS", 2)
     settings.setattr(distill, "INIT_LAYERS", layers)

@@ -32,7 +32,7 @@ BAD = {
     "LOGIT_LOSS": ["l2"], "AUGMENT": ["-1", "0.5"], "AUGMENT_MASK": ["1.1"],
     "AUGMENT_NGRAM": ["-0.1"], "UNLABELED": [" "], "GENERATOR": [" "], "BILSTM_WORDS": ["None"], "BILSTM_EMBEDDING": ["0"],
     "BILSTM_HIDDEN": ["x", "10001"], "BILSTM_LEARNING_RATE": ["0"], "EXPORT": ["tf"], "QUANTIZE": ["int4"], "MAX_LENGTH": ["3", "12.5"],
-    "INIT_LAYERS": ["middle", "(0, 1)", "(-1,)", "7", "()"], "REFIT_WORDS": ["-1", "1.5"], "DROPOUT": ["1", "-0.1", "x"], "TEXT_COLUMN": [""], "OUTPUT": [" "],
+    "INIT_LAYERS": ["inner", "(0, 1)", "(-1,)", "7", "()"], "REFIT_WORDS": ["-1", "1.5"], "DROPOUT": ["1", "-0.1", "x"], "TEXT_COLUMN": [""], "OUTPUT": [" "],
     "METHOD": ["kl", "None"], "TRAIN_FRACTION": ["0", "1.1"], "RAIL_WEIGHTS": ["(0.5, 0.5)", "1", "(1, 1, -1)"],
     "MATE_WEIGHTS": ["(1, 1, 1, 1)", "(0, 0, 1)"], "CILDA_WEIGHTS": ["(0.333, 0.333, 0.222)"], "MINILD_WEIGHTS": ["()", "(1, 1, 1, 1, 1, 'a')"],
     "GENERATOR_WEIGHTS": ["(1,)"], "PROJECTION": ["0", "1000000000"], "CRD_TEMPERATURE": ["0"], "MASK_RATE": ["1.5"], "GENERATOR_STEPS": ["0"],
