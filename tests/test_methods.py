@@ -190,7 +190,8 @@ def test_every_text_counts_in_an_epoch(make, settings, method):
 
 @pytest.mark.parametrize("method", ["mate", "cilda", "cilda+minild"])
 def test_the_generator_raises_what_the_student_lowers(make, method):
-    trainer = make(method, GENERATOR_LEARNING_RATE=3e-3, MASK_RATE=0.5)
+    only = {"MATE_WEIGHTS": (0, 0.1, 1), "CILDA_WEIGHTS": (0, 0.1, 0, 1), "MINILD_WEIGHTS": (0, 0.1, 0, 0, 1, 0)}  # D′
+    trainer = make(method, GENERATOR_LEARNING_RATE=3e-3, MASK_RATE=0.5, **only)
     trainer.model.train()
     batch = first_batch(trainer, 16)
 
@@ -210,7 +211,7 @@ def test_the_generator_raises_what_the_student_lowers(make, method):
     for _ in range(5):
         distill.training_step(trainer, batch)
         trainer.state.global_step = 1
-    assert d() < raised
+    assert d() < raised * 0.98
     assert all(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.state_dict().items())
 
 
