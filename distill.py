@@ -54,7 +54,7 @@ REFIT_WORDS = 2  # each word starts as what that many of the teacher's layers ma
 DROPOUT = 0.0  # of a "bert" in training: soft labels regularize enough; None: as in the model it starts from
 # Loss
 METHOD = "kd"  # or "none" (hard labels alone), "rail", "mate", "cilda", "cilda+minild": see below
-ALPHA = 0.5  # weight of the soft labels (KL) against the hard labels (CE); 1: JCM −1.3 points, agreement +2.7
+ALPHA = 0.5  # weight of the soft labels (KL) against the hard labels (CE); 1, with T 1: JCM −1.3, agreement +2.7
 TEMPERATURE = 2.0  # softens both distributions in the KL; raise it if the teacher is nearly always certain
 LOGIT_LOSS = "kl"  # or "mse": match the logits themselves; TEMPERATURE then plays no part
 # Training

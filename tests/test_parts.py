@@ -114,7 +114,8 @@ def test_soft_labels_are_those_of_the_stock_model(teacher, data, settings):
         assert min(table[split]["teacher_seconds"]) > 0
 
 
-@pytest.mark.parametrize("layers, chosen", [("first", [0, 1]), ("middle", [2, 3]), ("last", [3, 4]), ("spread", [0, 4]), ((3, 1), [3, 1])])
+@pytest.mark.parametrize("layers, chosen", [("first", [0, 1]), ("middle", [2, 3]), ("last", [3, 4]), ("spread", [0, 4]),
+                                            ((3, 1), [3, 1])])
 def test_the_student_starts_from_the_chosen_layers(settings, layers, chosen):
     settings.setattr(distill, "NUM_LAYERS", 2)
     settings.setattr(distill, "INIT_LAYERS", layers)
@@ -183,7 +184,8 @@ def test_word_vectors_refitted_against_stock_hidden_states(settings, pairs):
     for number in states:
         mean, place = torch.stack(states[number]).mean(0), torch.stack(places[number]).mean(0)
         torch.testing.assert_close(normal(after[number] + place), normal(mean), atol=1e-3, rtol=1e-3)
-        assert (after[number] + place).std(correction=0).item() == pytest.approx((before[number] + place).std(correction=0).item(), rel=1e-4)
+        old, new = ((table[number] + place).std(correction=0).item() for table in (before, after))
+        assert new == pytest.approx(old, rel=1e-4)
     unseen = [number for number in special if number not in states]
     assert unseen and torch.equal(after[unseen], before[unseen]) and after.isfinite().all()
 
