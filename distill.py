@@ -13,15 +13,19 @@ Writes  OUTPUT: the student with its tokenizer, a model card, report.json, histo
 import argparse, ast, contextlib, copy, functools, hashlib, importlib.util, io, itertools, json, logging, math, os
 import platform, re, shutil, sys, tempfile, time, unicodedata, warnings
 from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 try:
     import datasets
+    import filelock
     import huggingface_hub
     import numpy as np
     import torch
     import torch.nn.functional as F
     import transformers
+    from accelerate import DistributedDataParallelKwargs, PartialState
     from matplotlib.figure import Figure
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
@@ -217,6 +221,8 @@ def check_settings():
             faults.append(f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and AUGMENT")
         if METHOD != "kd" and LOGIT_LOSS != "kl":
             faults.append(f'LOGIT_LOSS = {LOGIT_LOSS!r}: needs METHOD = "kd"')
+        if METHOD in TERMS and processes() > 1:
+            faults.append(f'METHOD = {METHOD!r}: runs in one process; several accept "none" and "kd"')
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
 
@@ -226,11 +232,15 @@ def save_whole(path, content):
     """Write tensors and plain values with a checksum; a kill at any moment leaves the old file or the new."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with open(f"{path}.new", "wb") as file:
-        file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
+    try:
+        with open(f"{path}.new", "wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.new", path)
+    finally:  # a disk that is full is not kept full
+        Path(f"{path}.new").unlink(missing_ok=True)
 
 def file_digest(path):
     state = hashlib.sha256()
@@ -252,20 +262,47 @@ def load_whole(path):
 def save_folder(folder, model, tokenizer, more=lambda new: None):
     """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
     new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    more(new)
-    if os.path.exists(folder):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    tidy(folder)
+    try:
+        with explain(f"{folder} cannot be written", "What was saved before is still there. Make room, or name another "
+                     "folder; the same command goes on from here"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            more(new)
+            for file in new.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            if os.path.exists(folder):
+                os.rename(folder, old)
+            os.rename(new, folder)
+    finally:
+        tidy(folder)
+
+def tidy(folder):
+    """Put right what a kill or a full disk inside save_folder left."""
+    if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
+        os.rename(f"{folder}.distill_old", folder)
+    for left in ".distill_new", ".distill_old":
+        shutil.rmtree(f"{folder}{left}", ignore_errors=True)
+
+@contextlib.contextmanager
+def alone():
+    """Inside, this run alone uses CACHE and OUTPUT: another would take its files away. The locks die with their owner."""
+    locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{OUTPUT}.distill_lock")}
+    with contextlib.ExitStack() as stack:
+        for name, path in locks.items():
+            try:
+                stack.enter_context(filelock.FileLock(path, blocking=False))
+            except filelock.Timeout:
+                raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name another "
+                              "CACHE and another OUTPUT.") from None
+        stack.callback(locks["OUTPUT"].unlink, missing_ok=True)
+        yield
 
 def digest(*parts):
-    """A short name for contents: a model's configuration and weights, or any value by its repr."""
+    """A short name for contents: a model's configuration and weights, what an iterator gives, or any value by its repr."""
     state = hashlib.sha256()
-    for part in parts:
+    for part in itertools.chain.from_iterable(part if isinstance(part, Iterator) else [part] for part in parts):
         if isinstance(part, torch.nn.Module):
             for tensor in part.state_dict().values():
                 state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
@@ -277,10 +314,42 @@ def digest(*parts):
 def say(stage, message):
     print(f"{stage:<9} {message}", flush=True)
 
+def progress(steps, **options):
+    """`steps`, with a bar on a terminal that tells the time that remains."""
+    return tqdm(steps, leave=False, disable=None if rank() == 0 else True, **options)
+
+# ── Processes: one, or several that share the work (torchrun, or accelerate with mpirun) ────────────────
+
+def rank():
+    """The number of this process; 0 is the one that reads the caches, writes and speaks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+def processes():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+def own(things):
+    """This process's share of a list or an array: every n-th."""
+    return things[rank()::processes()]
+
+def from_main(make):
+    """What make() gives in process 0, for all; the others wait for it."""
+    made = [make() if rank() == 0 else None]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+def from_all(thing):
+    """[thing of process 0, of process 1, …], for all."""
+    things = [thing] * processes()
+    if processes() > 1:
+        torch.distributed.all_gather_object(things, thing)
+    return things
+
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+SAVE_SECONDS = 60  # between two savings of the teacher's answers
 TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
@@ -289,6 +358,15 @@ POOL = 16  # batches whose texts are sorted by length together: more saves littl
 
 def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
+
+def in_parts(rows, *columns):
+    """These columns in parts of 10,000 rows, {name: values}: of a million texts no more than that is in memory at once."""
+    return rows.select_columns([*columns]).iter(10_000)
+
+def column(rows, name, kind=None):
+    """One column of numbers or keys as an array."""
+    found = [np.asarray(part[name], kind) for part in in_parts(rows, name)]
+    return np.concatenate(found) if found else np.array([], kind)
 
 def read_file(path):
     """One file as a Dataset whose rows stay on disk. UTF-8 with or without BOM, or CP932 (Japanese Excel)."""
@@ -306,7 +384,7 @@ def read_file(path):
                 options["encoding"] = "cp932"
                 say("data", f"{path} is not UTF-8: it is read as CP932 (Shift_JIS)")
         rows = datasets.load_dataset(READERS[kind], data_files=str(path), split="train",
-                                     cache_dir=str(Path(CACHE, "tmp")), **options)
+                                     cache_dir=str(scratch()), **options)
     return rows.rename_column("text", TEXT_COLUMN) if kind == ".txt" and TEXT_COLUMN != "text" else rows
 
 def read_splits():
@@ -346,19 +424,23 @@ def clean(rows, split, label2id):
     names = getattr(rows.features[LABEL_COLUMN], "names", [])  # a data set's own numbering is not the teacher's
     lookup = {str(number): number for number in label2id.values()} | label2id
     lookup |= {str(number): label2id[name] for number, name in enumerate(names) if name in label2id}
-    labels = [re.sub(r"\.0$", "", str(label)) for label in rows[LABEL_COLUMN]]
-    found = {f"{column} empty or not a text": [row for row, value in enumerate(rows[column], 1) if not text(value)]
-             for column in text_columns()}
-    for row, label in enumerate(labels, 1):
-        if label not in lookup:
-            unknown = f"label {label!r}, which the teacher does not have ({', '.join(label2id)}),"
-            found.setdefault("no label" if label in ("", "None", "nan") else unknown, []).append(row)
+    labels, found = [], {f"{column} empty or not a text": [] for column in text_columns()}
+    for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
+        row = len(labels)
+        for name in text_columns():
+            found[f"{name} empty or not a text"] += [row + n for n, value in enumerate(part[name], 1) if not text(value)]
+        for n, label in enumerate(part[LABEL_COLUMN], 1):
+            label = re.sub(r"\.0$", "", str(label))
+            labels.append(lookup.get(label, NO_LABEL))
+            if label not in lookup:
+                unknown = f"label {label!r}, which the teacher does not have ({', '.join(label2id)}),"
+                found.setdefault("no label" if label in ("", "None", "nan") else unknown, []).append(row + n)
     if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
                   for what, at in found.items() if at]:
         hint = "DATA is still the sample; set it to your teacher's data." if DATA == "tests/sample" else \
             "correct or remove these rows, counted from 1; labels are the teacher's names or numbers."
         raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *faults[:9]]))
-    return rows.select_columns(text_columns()).add_column("labels", [lookup[label] for label in labels])
+    return rows.select_columns(text_columns()).add_column("labels", np.array(labels))
 
 def load_data(label2id=None):
     """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
@@ -383,7 +465,7 @@ def load_data(label2id=None):
     if TRAIN_FRACTION < 1:
         with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
             splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
-    shares = Counter(splits["train"]["labels"])
+    shares = np.bincount(column(splits["train"], "labels"), minlength=len(label2id))
     say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
         + ", ".join(f"{shares[number]:,} {label}" for label, number in label2id.items()))
     return splits, label2id
@@ -441,11 +523,16 @@ def encode(texts, tokenizer, max_length):
             columns[name][row] = value
     return {**columns, "length": list(map(len, columns["input_ids"])), "cut": cut}
 
+def scratch():
+    """The folder for what only this run of this process needs; it is emptied when a run begins and ends."""
+    folder = Path(CACHE, "tmp", str(rank()))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
 def map_rows(rows, function, **options):
     """Dataset.map into a file of its own in CACHE: it never takes an older result, and writes nothing beside DATA."""
-    Path(CACHE, "tmp").mkdir(exist_ok=True)
     name = f"rows-{time.monotonic_ns()}"
-    path = str(Path(CACHE, "tmp", f"{name}.arrow"))
+    path = str(scratch() / f"{name}.arrow")
     return rows.map(function, batched=True, new_fingerprint=name, cache_file_name=path, **options)
 
 def tokenize(data, tokenizer, student_tokenizer=None):
@@ -461,15 +548,15 @@ def tokenize(data, tokenizer, student_tokenizer=None):
     tokenizers = [tokenizer] + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))
     given = dict(columns=text_columns(), tokenizers=tokenizers, max_length=MAX_LENGTH)
     for split, rows in data.items():
-        processes = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count()) or None
-        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=processes, fn_kwargs=given)
-    lengths, cut = (np.concatenate([rows[name] for rows in data.values()]) for name in ("length", "cut"))
+        helpers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // processes()) or None
+        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=helpers, fn_kwargs=given)
+    lengths, cut = (np.concatenate([column(rows, name) for rows in data.values()]) for name in ("length", "cut"))
     say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
         f"cut to MAX_LENGTH = {MAX_LENGTH}")
     say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
+    keys = {split: column(data[split], "key", "S24") for split in SPLITS}
     for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
-        known = set(data[other]["key"])
-        if shared := sum(key in known for key in data[one]["key"]):
+        if shared := np.isin(keys[one], keys[other]).sum():
             say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
     return data
 
@@ -494,15 +581,16 @@ def inputs_of(batch):
 
 def longest_first(lengths, tokens):
     """Row numbers in batches: every row once, like lengths together, at most `tokens` in a batch, padding included."""
-    order, start = np.argsort(-np.array(lengths), kind="stable").tolist(), 0
+    order, start = np.argsort(-np.asarray(lengths), kind="stable"), 0
     while start < len(order):
         size = max(1, tokens // lengths[order[start]])
         yield order[start:start + size]
         start += size
 
-def inference_loader(rows, collate_fn, tokens=None):
-    return DataLoader(rows, batch_sampler=list(longest_first(rows["length"][:], tokens or TOKENS)),
-                      collate_fn=collate_fn)
+def inference_loader(rows, collate_fn, tokens=None, take=list):
+    """The rows in batches for inference; `take` chooses among the batches."""
+    batches = list(longest_first(column(rows, "length"), tokens or TOKENS))
+    return DataLoader(rows, batch_sampler=take(batches), collate_fn=collate_fn)
 
 def shuffled(lengths, batch_size, seed):
     """Row numbers for one epoch of training: batches of like length, in random order, the smaller last one last."""
@@ -512,7 +600,7 @@ def shuffled(lengths, batch_size, seed):
     order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
     full = len(order) // batch_size * batch_size
     batches = generator.permutation(order[:full].reshape(-1, batch_size))
-    return np.concatenate([batches.ravel(), order[full:]]).tolist()
+    return np.concatenate([batches.ravel(), order[full:]])
 
 # ── Model ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -719,7 +807,7 @@ def classify(model, tokenizer, texts, tokens=None):
     """Text to logits, (texts, classes), in the order of `texts`, a list per text column."""
     columns = encode(texts, tokenizer, tokenizer.model_max_length)
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    batches = list(longest_first(columns["length"], tokens or TOKENS))
+    batches = [batch.tolist() for batch in longest_first(columns["length"], tokens or TOKENS)]
     collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
     logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
     return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
@@ -734,29 +822,38 @@ def add_soft_labels(data, teacher, collate_fn):
     and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
     pass in which the teacher saw the sentences, each with its share of its batch.
     """
-    path = Path(CACHE, f"teacher-{digest(teacher)}.pt")
-    known = load_whole(path) or {}  # key → (logits, seconds)
-    rows = datasets.concatenate_datasets(list(data.values()))
-    new = {key: row for row, key in enumerate(rows["key"]) if key not in known}
-    if new:
-        loader, keys, saved = inference_loader(rows.select([*new.values()]), collate_fn), [*new], time.monotonic()
-        next(predict(teacher, loader))  # warm-up
-        passes = tqdm(predict(teacher, loader), total=len(loader), desc="teacher", leave=False, disable=None)
+    path, rows = Path(CACHE, f"logits-{digest(teacher)}.pt"), datasets.concatenate_datasets(list(data.values()))
+    as_keys = lambda letters: letters.numpy().view("S24")[:, 0]  # keys are kept as (n, 24) letters
+    no_answers = torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0)
+    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds
+    save = lambda: rank() == 0 and save_whole(path, [torch.cat(part) for part in zip(*answers)])
+    keys = column(rows, "key", "S24")
+    different, first = np.unique(keys, return_index=True)
+    if len(new := np.sort(first[~np.isin(different, as_keys(answers[0][0]))])):
+        loader, saved = inference_loader(rows.select(new), collate_fn, take=own), time.monotonic()
+        next(predict(teacher, loader), None)  # warm-up
+        mine = ((numbers, logits, seconds / len(numbers))
+                for numbers, (_, logits, seconds) in zip(loader.batch_sampler, predict(teacher, loader)))
         try:
-            for numbers, (_, logits, seconds) in zip(loader.batch_sampler, passes):
-                known |= {keys[number]: (row, seconds / len(numbers)) for number, row in zip(numbers, logits.tolist())}
-                if time.monotonic() - saved > 60:
-                    save_whole(path, known)
+            for _ in progress(range(from_main(lambda: len(loader))), desc="teacher"):
+                for numbers, logits, seconds in filter(None, from_all(next(mine, None))):
+                    letters = torch.from_numpy(keys[new[numbers]].view(np.uint8).reshape(-1, 24))
+                    answers.append((letters, logits, torch.full([len(numbers)], seconds)))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
                     saved = time.monotonic()
         finally:
-            save_whole(path, known)
-    say("teacher", f"labelled {len(new):,} texts; {len(set(rows['key'])) - len(new):,} were in the cache")
-    for split, rows in data.items():
-        logits, seconds = zip(*(known[key] for key in rows["key"]))
-        logits = torch.tensor(logits)
-        soft_labels = logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)
-        data[split] = rows.add_column("soft_labels", soft_labels.tolist()).add_column("teacher_seconds", seconds)
-    return data
+            save()
+    say("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
+    letters, logits, seconds = map(torch.cat, zip(*answers))
+    order = np.argsort(as_keys(letters), kind="stable")
+    soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)).numpy()
+
+    def add(batch):
+        at = order[np.searchsorted(as_keys(letters), np.array(batch["key"], "S24"), sorter=order)]
+        return {"soft_labels": soft_labels[at], "teacher_seconds": seconds.numpy()[at]}
+
+    return {split: map_rows(rows, add) for split, rows in data.items()}
 
 # ── Student ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -809,31 +906,39 @@ def refit_words(student, teacher, tokenizer, rows, collate_fn):
     https://aclanthology.org/2020.acl-main.431). It is an ordinary embedding, and goes on learning.
     """
     depth = min(REFIT_WORDS, teacher.config.num_hidden_layers)
-    path = Path(CACHE, f"words-{digest(teacher, depth, *rows['key'])}.pt")
-    if (words := load_whole(path)) is None:
-        say("teacher", f"its first {depth} layers read the training texts once more, for the student's word vectors")
-        few = cut(teacher, type(teacher), range(depth), teacher.state_dict()).bert.eval()
-        embeddings, norm = few.embeddings, few.embeddings.LayerNorm
-        own = embeddings.word_embeddings.weight
-        states, places, counts = torch.zeros_like(own), torch.zeros_like(own), torch.zeros(len(own), 1)
-        ordinary = sorted({*range(len(own))} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids})
-        frame = tokenizer("")["input_ids"]  # [CLS], [SEP]
-        alone = [[*frame[:1], number, *frame[1:]] for number in ordinary]
-        alone = datasets.Dataset.from_dict({"input_ids": alone, "length": list(map(len, alone))})
-        loaders = [inference_loader(part, collate_fn) for part in (rows, alone)]
-        for batch in tqdm(itertools.chain(*loaders), total=sum(map(len, loaders)), desc="words", leave=False, disable=None):
-            ids, there = batch["input_ids"], batch["attention_mask"].bool()
-            state = few(**inputs_of(batch)).last_hidden_state
-            state = (state - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)  # the LayerNorm undone, without 1/0
-            types = embeddings.token_type_embeddings(batch.get("token_type_ids", torch.zeros_like(ids)))
-            place = embeddings.position_embeddings.weight[:ids.shape[1]] + types
-            for total, one in (states, state), (places, place), (counts, torch.ones(*ids.shape, 1)):
-                total.index_add_(0, ids[there], one[there])
-        places /= counts.clamp(min=1)
-        size = (own + places).std(-1, correction=0, keepdim=True)  # LayerNorm leaves it open: as it was
-        words = torch.where(counts > 0, F.layer_norm(states, states.shape[-1:], eps=0) * size - places, own)
-        save_whole(path, words)
-    student.get_input_embeddings().weight.copy_(words)
+    path = Path(CACHE, f"words-{digest(teacher, depth, in_parts(rows, 'key'))}.pt")
+
+    def words():
+        if (known := load_whole(path)) is None:
+            say("teacher", f"its first {depth} layers read the training texts once more, for the student's word vectors")
+            known = words_in_context(teacher, depth, tokenizer, rows, collate_fn)
+            save_whole(path, known)
+        return known
+
+    student.get_input_embeddings().weight.copy_(from_main(words))
+
+def words_in_context(teacher, depth, tokenizer, rows, collate_fn):
+    """The word vectors for refit_words, (vocabulary, hidden)."""
+    few = cut(teacher, type(teacher), range(depth), teacher.state_dict()).bert.eval()
+    embeddings, norm = few.embeddings, few.embeddings.LayerNorm
+    plain = embeddings.word_embeddings.weight
+    states, places, counts = torch.zeros_like(plain), torch.zeros_like(plain), torch.zeros(len(plain), 1)
+    ordinary = sorted({*range(len(plain))} & {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids})
+    frame = tokenizer("")["input_ids"]  # [CLS], [SEP]
+    single = [[*frame[:1], number, *frame[1:]] for number in ordinary]
+    single = datasets.Dataset.from_dict({"input_ids": single, "length": list(map(len, single))})
+    loaders = [inference_loader(part, collate_fn) for part in (rows, single)]
+    for batch in progress(itertools.chain(*loaders), total=sum(map(len, loaders)), desc="words"):
+        ids, there = batch["input_ids"], batch["attention_mask"].bool()
+        state = few(**inputs_of(batch)).last_hidden_state
+        state = (state - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)  # the LayerNorm undone, without 1/0
+        types = embeddings.token_type_embeddings(batch.get("token_type_ids", torch.zeros_like(ids)))
+        place = embeddings.position_embeddings.weight[:ids.shape[1]] + types
+        for total, one in (states, state), (places, place), (counts, torch.ones(*ids.shape, 1)):
+            total.index_add_(0, ids[there], one[there])
+    places /= counts.clamp(min=1)
+    size = (plain + places).std(-1, correction=0, keepdim=True)  # LayerNorm leaves it open: as it was
+    return torch.where(counts > 0, F.layer_norm(states, states.shape[-1:], eps=0) * size - places, plain)
 
 # ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
 
@@ -867,13 +972,16 @@ class CustomTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self):
-        """Batches of like length, in an order that SEED and the epoch (state.epoch) decide."""
-        lengths, seed = np.array(self.train_dataset["length"]), SEED + int(self.state.epoch or 0)
-        return DataLoader(self.train_dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator,
-                          sampler=shuffled(lengths, self.args.train_batch_size, seed))
+        """Batches of like length, in an order that SEED and the epoch (state.epoch) decide; each process has a part of each."""
+        lengths, seed = column(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
+        order, size = shuffled(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
+        batches = [order[start:start + size] for start in range(0, len(order), size)]
+        return DataLoader(self.train_dataset, collate_fn=self.data_collator,
+                          batch_sampler=[own(batch) if len(own(batch)) else batch[:1] for batch in batches])
 
     def get_eval_dataloader(self, eval_dataset=None):
-        return self.get_test_dataloader(self.eval_dataset if eval_dataset is None else eval_dataset)
+        """Of the batches each process has every n-th."""
+        return inference_loader(self.eval_dataset if eval_dataset is None else eval_dataset, self.data_collator, take=own)
 
     def get_test_dataloader(self, test_dataset):
         return inference_loader(test_dataset, self.data_collator)
@@ -934,16 +1042,18 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
     epochs = int(args.num_train_epochs)
     settings = {name: globals()[name] for name in ACCEPTED
                 if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
-    run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model, torch.__version__,
-                      *(batch for rows in (trainer.train_dataset, trainer.eval_dataset)
-                        for batch in rows.remove_columns(
-                          {*rows.column_names} & {"teacher_seconds", "teacher_layers"}).iter(1000)))
+    data = (batch for rows in (trainer.train_dataset, trainer.eval_dataset)
+            for batch in in_parts(rows, *sorted({*rows.column_names} - {"teacher_seconds", "teacher_layers"})))
+    run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model,
+                      torch.__version__, data)
+    if len({*from_all(run_name)}) > 1:
+        raise Problem("the processes have different settings, data or teachers. Give all the same.")
     ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
     with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
             contextlib.nullcontext():
         trainer.create_optimizer_and_scheduler(num_training_steps=epochs * len(trainer.get_train_dataloader()))
         parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
-        now = load_whole(checkpoint) or {"run": run_name, "history": []}
+        now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
         if now["run"] != run_name:
             say("training", "settings or data differ from those of the last checkpoint: training starts anew")
             now = {"run": run_name, "history": []}
@@ -951,6 +1061,9 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
             say("training", f"goes on after epoch {len(now['history'])}")
             for name, part in parts.items():
                 part.load_state_dict(now[name])
+        if processes() > 1:  # gradients become the mean over all; of a fast last layer, some parameters need none
+            trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            trainer.model_wrapped = trainer.accelerator.prepare(model)
         trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
         print(" epoch   train loss     val loss   val accuracy         rate   seconds")
         for row in now["history"]:
@@ -958,16 +1071,19 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
         try:
             while len(now["history"]) < epochs and not trainer.control.should_training_stop:
                 row = train_epoch(trainer, len(now["history"]) + 1)
+                row = from_main(lambda: row)  # so that all stop after the same epoch
                 best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
                 now = {"run": run_name, "history": now["history"] + [row], "best": best,
                        **{name: part.state_dict() for name, part in parts.items()}}
-                save_whole(checkpoint, now)
+                if rank() == 0:
+                    save_whole(checkpoint, now)
             if trainer.control.should_training_stop:
                 say("training", "stopped early: the validation loss no longer improves")
         except KeyboardInterrupt:
-            if not now["history"] or not use_what_is_there:
+            if not now["history"] or not use_what_is_there or processes() > 1:
                 raise
             say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
+        trainer.model_wrapped = model
         callbacks.on_train_end(args, trainer.state, trainer.control)
         model.load_state_dict(now["best"])
         return now["history"]
@@ -979,10 +1095,10 @@ def clip_gradients(model, norm):
     if found > norm:
         torch._foreach_mul_(grads, norm / found)
 
-def training_step(trainer, batch):
-    """One step of the optimizer; returns the loss of the batch, a mean over its texts."""
-    loss = trainer.compute_loss(trainer.model, batch)
-    trainer.accelerator.backward(loss)
+def training_step(trainer, batch, weight=1):
+    """One step of the optimizer; returns the loss of the batch, a mean over its texts. `weight`: among the processes."""
+    loss = trainer.compute_loss(trainer.model_wrapped, batch)
+    trainer.accelerator.backward(loss * weight)
     clip_gradients(trainer.model, trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.lr_scheduler.step()
@@ -993,21 +1109,24 @@ def training_step(trainer, batch):
 def train_epoch(trainer, epoch):
     """One pass over the training data and one over the validation data; returns the epoch's row of the history."""
     trainer.state.epoch = epoch
-    transformers.set_seed(SEED + epoch)
-    model, loader, total, start = trainer.model.train(), trainer.get_train_dataloader(), 0.0, time.perf_counter()
-    trainer.state.global_step = (epoch - 1) * len(loader)
-    for batch in tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None):
+    transformers.set_seed(SEED + epoch + 10_007 * rank())  # the processes' dropout differs
+    model, loader, start = trainer.model_wrapped.train(), trainer.get_train_dataloader(), time.perf_counter()
+    trainer.state.global_step, total, left = (epoch - 1) * len(loader), 0.0, len(trainer.train_dataset)
+    for batch in progress(loader, desc=f"epoch {epoch}"):
         rate = trainer.lr_scheduler.get_last_lr()[0]
-        total += training_step(trainer, batch) * len(next(iter(batch.values())))
-        if not math.isfinite(total):
+        size = min(left, trainer.args.train_batch_size)
+        mine = len(own(range(size)))  # what this process has of a batch may be nothing; it then holds one text, weighed 0
+        total += training_step(trainer, batch, mine * processes() / size) * mine
+        left -= size
+        if not math.isfinite(total) and processes() == 1:  # several must all go on to the end of the epoch
             break
-    seconds, val_total, right = time.perf_counter() - start, 0.0, 0
-    model.eval()
+    seconds, val_total, right, model = time.perf_counter() - start, 0.0, 0, trainer.model.eval()
     with torch.inference_mode():
         for batch in trainer.get_eval_dataloader():
             loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
             val_total += loss.item() * len(outputs.logits)
             right += (outputs.logits.argmax(-1) == batch["labels"]).sum().item() if "labels" in batch else math.nan
+    total, val_total, right = map(sum, zip(*from_all((total, val_total, right))))
     if not math.isfinite(total + val_total):
         raise Problem(f"the loss is not a number any more in epoch {epoch}. Lower LEARNING_RATE (now "
                       f"{trainer.args.learning_rate}). What was saved before is still there.")
@@ -1067,10 +1186,12 @@ def evaluate(trainer, data):
     splits = {"teacher": {}, "student": {}}
     next(predict(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
     for split, rows in data.items():
-        batches, logits, seconds = zip(*predict(trainer.model, trainer.get_test_dataloader(rows)))
-        labels, soft = (torch.cat([batch[name] for batch in batches]) for name in ("labels", "soft_labels"))
+        answers = predict(trainer.model, trainer.get_test_dataloader(rows))
+        answers = ((batch["labels"], batch["soft_labels"], logits, seconds) for batch, logits, seconds in answers)
+        labels, soft, logits, seconds = zip(*answers)
+        labels, soft = torch.cat(labels), torch.cat(soft)
         teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_temperature()  # but for a constant
-        splits["teacher"][split] = score(teacher, labels, teacher, sum(rows["teacher_seconds"]))
+        splits["teacher"][split] = score(teacher, labels, teacher, column(rows, "teacher_seconds").sum().item())
         splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
     return splits
 
@@ -1155,14 +1276,18 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
 
 # ── Main ────────────────────────────────────────────────────────────────────────────────────────────────
 
+def clear():
+    """Remove what a run that was killed left half-written."""
+    shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
+    for left in Path(CACHE).glob("*.new"):
+        left.unlink()
+    tidy(OUTPUT)
+
 def run():
-    """The whole run, as the settings say. Returns the report."""
+    """The whole run, as the settings say. Returns the report; None in other processes than the first."""
     seconds, laps = {}, [time.perf_counter()]
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
-    shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
-    if os.path.exists(f"{OUTPUT}.distill_old") and not os.path.exists(OUTPUT):  # killed inside save_folder
-        os.rename(f"{OUTPUT}.distill_old", OUTPUT)
-
+    from_main(clear)
     name, recipe = find_teacher()
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
@@ -1197,6 +1322,8 @@ def run():
         lap("preparing the method")
     history = train(trainer, Path(CACHE, "checkpoint.pt"))
     lap("training")
+    if rank():  # the first evaluates and saves
+        return None
 
     data["train"] = data["train"].select(range(labelled))
     splits = evaluate(trainer, data)
@@ -1221,12 +1348,21 @@ def main(argv=None):
         texts = read_command_line(argv)
         if texts is not None:
             return show_predictions(texts)
+        PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
         check_settings()
-        run()
+        with contextlib.ExitStack() as stack:
+            if rank():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            else:
+                stack.enter_context(alone())
+            run()
     except Problem as problem:
         sys.exit(f"distill.py: {problem}")
     except KeyboardInterrupt:
         sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
+    except OSError as error:
+        sys.exit(f"distill.py: {error.filename or CACHE}: {error.strerror or error}. What was saved before is still "
+                 "there. Make room, or name another folder; the same command goes on from here.")
 
 # ── Option: a teacher that is still to be made ──────────────────────────────────────────────────────────
 
@@ -1239,7 +1375,7 @@ def find_teacher():
         return TEACHER, (TEACHER_BASE, TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE)
     if DATA == "tests/sample":
         name = os.path.join(CACHE, "sample_teacher")  # never TEACHER: it must not be mistaken for the user's
-        made = os.path.isdir(name)
+        made = load_whole(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
         return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 6, 1e-3, 6)
@@ -1254,8 +1390,14 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     model = classifier_class(config)(config) if is_sample else load_model(base, "TEACHER_BASE", config)
     checkpoint = Path(CACHE, "teacher_checkpoint.pt")
     train(make_trainer(model, data, collate_fn, *how), checkpoint, use_what_is_there=False)
-    save_folder(name, model, tokenizer)
-    checkpoint.unlink()
+
+    def save():
+        save_folder(name, model, tokenizer)
+        if is_sample:
+            save_whole(f"{name}.sum", file_digest(f"{name}/model.safetensors"))
+        checkpoint.unlink()
+
+    from_main(save)
 
 # ── Option: more text for the teacher to label ──────────────────────────────────────────────────────────
 
@@ -1341,15 +1483,16 @@ def fill_in(rows):
 
 def merge(data):
     """Put the texts without hard labels behind those of train, each text once and none that has a label."""
-    known = {key for split in SPLITS for key in data[split]["key"]}
+    known = np.concatenate([column(data[split], "key", "S24") for split in SPLITS])
     for name in "unlabeled", "copies":
         if name in data:
             rows = data.pop(name)
-            new = {key: row for row, key in reversed(list(enumerate(rows["key"]))) if key not in known}
-            known |= new.keys()
+            different, first = np.unique(column(rows, "key", "S24"), return_index=True)
+            new = np.sort(first[~np.isin(different, known)])
+            known = np.concatenate([known, different])
             say("data", f"train: {len(data['train']):,} + {len(new):,} {name}, which only the teacher labels "
                 f"({len(rows) - len(new):,} equal to others left out)")
-            rows = rows.select(sorted(new.values())).cast(data["train"].features)
+            rows = rows.select(new).cast(data["train"].features)
             data["train"] = datasets.concatenate_datasets([data["train"], rows])
     return data
 
@@ -1545,8 +1688,8 @@ class MethodTrainer(CustomTrainer):
         """To be called once, before training."""
         self.teacher, self.mask_token_id = teacher, tokenizer.mask_token_id
         rows = self.train_dataset
-        self.train_dataset = rows.select(np.argsort(rows["length"]))  # less padding where they are taken in order
-        self.lengths = np.array(self.train_dataset["length"])
+        self.train_dataset = rows.select(np.argsort(column(rows, "length")))  # less padding where they are taken in order
+        self.lengths = column(self.train_dataset, "length")
         self.special = torch.tensor(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}))
         self.weights = {"rail": RAIL_WEIGHTS, "mate": MATE_WEIGHTS, "cilda": CILDA_WEIGHTS,
                         "cilda+minild": MINILD_WEIGHTS}[METHOD]
@@ -1576,8 +1719,8 @@ class MethodTrainer(CustomTrainer):
 
     def with_teacher_layers(self, rows):
         """The rows with the column teacher_layers, (layers, width) a text, which stays on disk, in CACHE."""
-        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, *rows['key'])}.arrow")
-        part = str(Path(CACHE, "tmp", path.name))
+        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, in_parts(rows, 'key'))}.arrow")
+        part = str(scratch() / path.name)
         if load_whole(f"{path}.sum") != file_digest(path):
             say("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
 
@@ -1609,7 +1752,7 @@ class MethodTrainer(CustomTrainer):
 
     def random_batch(self):
         """A batch of training texts, of like length as all are."""
-        numbers = shuffled(self.lengths, BATCH_SIZE, int(torch.randint(2**31, [])))[:BATCH_SIZE]
+        numbers = shuffled(self.lengths, BATCH_SIZE, int(torch.randint(2**31, [])))[:BATCH_SIZE].tolist()
         return self.data_collator([self.train_dataset[number] for number in numbers])
 
     def mask(self, inputs):
@@ -1695,12 +1838,12 @@ def make_generator(trainer):
     config = trainer.teacher.config
     generator = cut(trainer.teacher, transformers.MODEL_FOR_MASKED_LM_MAPPING[type(config)],
                     range(min(2, trainer.depth)), trainer.teacher.state_dict())
-    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, *trainer.train_dataset["key"])
+    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, in_parts(trainer.train_dataset, "key"))
     path = Path(CACHE, f"generator-{key}.pt")
     if (state := load_whole(path)) is None:
         say("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")
         optimizer = torch.optim.AdamW(generator.train().parameters(), 5e-4, fused=True)
-        for _ in tqdm(range(MLM_STEPS), desc="generator", leave=False, disable=None):
+        for _ in progress(range(MLM_STEPS), desc="generator"):
             batch = trainer.random_batch()
             places = trainer.mask(batch)
             scores = word_scores(generator, batch, places, trainer.mask_token_id)

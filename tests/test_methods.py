@@ -173,7 +173,7 @@ def test_ten_generator_steps_then_a_hundred_of_the_student(make, settings):
     trainer._train_batch_size = 1
     settings.setattr(trainer, "generator_step", lambda batch: trace.append("G"))
     step = distill.training_step
-    settings.setattr(distill, "training_step", lambda trainer, batch: (step(trainer, batch), trace.append("S"))[0])
+    settings.setattr(distill, "training_step", lambda *given: (step(*given), trace.append("S"))[0])
     for epoch in 1, 2:
         distill.train_epoch(trainer, epoch)
     assert "".join(trace) == "G" * 10 + "S" * 100 + "G" * 10 + "S" * 18
@@ -183,7 +183,7 @@ def test_ten_generator_steps_then_a_hundred_of_the_student(make, settings):
 def test_every_text_counts_in_an_epoch(make, settings, method):
     trainer, seen = make(method, texts=21, GENERATOR_STEPS=1), []
     step = distill.training_step
-    settings.setattr(distill, "training_step", lambda trainer, batch: (seen.extend(batch["input_ids"]), step(trainer, batch))[1])
+    settings.setattr(distill, "training_step", lambda trainer, batch, *more: (seen.extend(batch["input_ids"]), step(trainer, batch, *more))[1])
     distill.train_epoch(trainer, 1)
     assert len(seen) == 21  # 8 + 8 + 5
 

@@ -209,25 +209,30 @@ def test_kill_9_and_the_same_command_again(teacher, data):
     assert history("whole") == history("resumed")
 
 
-@pytest.mark.parametrize("moment", ["first rename", "second rename"])
-def test_a_kill_while_the_result_is_put_in_place(teacher, data, run, monkeypatch, moment):
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_while_the_result_is_put_in_place(teacher, data, run, fails, moment):
     run()
-    before, rename, calls = MODEL.read_bytes(), os.rename, []
-
-    def killed(source, target, **more):
-        calls.extend(["rename"] * ("distilled_model" in str(source)))
-        if calls and len(calls) == ["first rename", "second rename"].index(moment) + 1:
-            raise RuntimeError("killed")
-        return rename(source, target, **more)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", killed)
-        with pytest.raises(RuntimeError):
-            run("--alpha", "1.0")
-    with pytest.raises(SystemExit):  # any later run first puts the old result back
-        run("--teacher", "./nowhere")
-    assert MODEL.read_bytes() == before
+    before = MODEL.read_bytes()
+    killed = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import distill
+rename, calls = os.rename, []
+def last_rename(source, target, **more):
+    calls.extend(["rename"] * ("distilled_model" in str(source)))
+    if len(calls) == {moment}:
+        os.kill(os.getpid(), 9)
+    rename(source, target, **more)
+os.rename = last_rename
+distill.main({[*TINY, "--alpha", "1.0"]!r})
+"""
+    assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -signal.SIGKILL
+    assert MODEL.exists() == (moment == 1) and Path("distilled_model.distill_new").exists()
+    fails("--teacher", "./nowhere")  # any later run first puts the old result back
+    assert MODEL.read_bytes() == before and sorted(os.listdir()) == [
+        ".distill_cache", "data", "distilled_model", "finetuned_bert_japanese"]
     run("--alpha", "1.0")
-    assert MODEL.read_bytes() != before and not Path("distilled_model.distill_old").exists()
+    assert MODEL.read_bytes() != before
 
 
 # ── The teacher's answers and their cache ──
@@ -269,14 +274,14 @@ def test_a_stopped_teacher_pass_goes_on(teacher, data, run, monkeypatch):
 
 @pytest.mark.parametrize("harm", [lambda content: content[:-100], lambda content: b"",
                                   lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:]])
-@pytest.mark.parametrize("file", ["teacher-*.pt", "checkpoint.pt"])
+@pytest.mark.parametrize("file", ["logits-*.pt", "checkpoint.pt"])
 def test_damaged_files_in_the_cache_are_named_and_made_anew(teacher, data, run, file, harm):
     run()
     before, (path,) = (MODEL.read_bytes(), history()), Path(".distill_cache").glob(file)
     path.write_bytes(harm(path.read_bytes()))
     printed = run()
     assert f"{path} is damaged" in printed
-    assert ("goes on" in printed) == (file != "checkpoint.pt") and labelled(printed) == ((80, 0) if "teacher" in file else (0, 80))
+    assert ("goes on" in printed) == (file != "checkpoint.pt") and labelled(printed) == ((80, 0) if "logits" in file else (0, 80))
     assert (MODEL.read_bytes(), history()) == before
 
 
