@@ -10,7 +10,7 @@ Writes  OUTPUT: the student with its tokenizer, a model card, report.json, histo
         moment, goes on where it was. It can be deleted at any time.
 """
 
-import argparse, ast, contextlib, copy, functools, hashlib, importlib.util, io, itertools, json, logging, math, os
+import argparse, ast, contextlib, copy, functools, glob, hashlib, importlib.util, io, itertools, json, logging, math, os
 import platform, re, shutil, sys, tempfile, time, unicodedata, warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +32,7 @@ try:
     from transformers import (AutoConfig, AutoTokenizer, BertJapaneseTokenizer, EarlyStoppingCallback, PrinterCallback,
                               Trainer, TrainingArguments)
     from transformers.modeling_outputs import SequenceClassifierOutput
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.models.bert_japanese.tokenization_bert_japanese import MecabTokenizer
 except ModuleNotFoundError as error:
     sys.exit(f"distill.py: {error}. Install what it needs: pip install -r requirements.txt")
@@ -108,7 +109,11 @@ class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
 
 def text(value):
-    return isinstance(value, str) and value.strip() != ""
+    """Is it a text: neither empty nor with half a character (a lone surrogate), which is nothing that could be written?"""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+
+def name(value):
+    return text(value) and "\0" not in value
 
 def number(low, high=sys.float_info.max, kinds=(int, float)):
     """A test: is a value a number of these kinds, low <= value <= high? NaN and infinity are not."""
@@ -122,9 +127,9 @@ def weights(count):  # with neither CE nor KL there would be no validation loss
         isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
-    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", text),
+    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", name),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
-     lambda value: value is None or text(value)),
+     lambda value: value is None or name(value)),
     ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
      number(1, kinds=[int])),
     ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
@@ -299,6 +304,17 @@ def alone():
         stack.callback(locks["OUTPUT"].unlink, missing_ok=True)
         yield
 
+def strings(value):
+    """All texts among the values of what json.loads gave."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [one for part in inner for one in strings(part)]
+
+def stay_inside(folder):
+    """A Problem if an index of files in `folder`, which may come from a stranger, names one outside it."""
+    for index in (file for name in ("*.index.json", "dataset_dict.json", "**/state.json") for file in Path(folder).glob(name)):
+        if out := [one for one in strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
+            raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or delete it.")
+
 def digest(*parts):
     """A short name for contents: a model's configuration and weights, what an iterator gives, or any value by its repr."""
     state = hashlib.sha256()
@@ -349,6 +365,7 @@ def from_all(thing):
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+LONGEST = 30_000  # characters of a text that are looked at: far more than any MAX_LENGTH tokens have
 SAVE_SECONDS = 60  # between two savings of the teacher's answers
 TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
@@ -379,11 +396,13 @@ def read_file(path):
             options["encoding"] = "utf-8-sig"
             try:
                 with open(path, encoding="utf-8") as file:
+                    if re.match(r"\s*\[?\s*null", "".join(itertools.islice(filter(str.strip, file), 2))):
+                        raise ValueError("its first row is null")  # on which pyarrow's JSON reader crashes
                     sum(1 for _ in file)
             except UnicodeDecodeError:
                 options["encoding"] = "cp932"
                 say("data", f"{path} is not UTF-8: it is read as CP932 (Shift_JIS)")
-        rows = datasets.load_dataset(READERS[kind], data_files=str(path), split="train",
+        rows = datasets.load_dataset(READERS[kind], data_files=glob.escape(str(path)), split="train",
                                      cache_dir=str(scratch()), **options)
     return rows.rename_column("text", TEXT_COLUMN) if kind == ".txt" and TEXT_COLUMN != "text" else rows
 
@@ -400,6 +419,7 @@ def read_splits():
     else:
         with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
                      f"val and test files ({', '.join(READERS)}), a single file, or a hub data set"):
+            stay_inside(path)
             found = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
         if not isinstance(found, dict) or len(found) == 1:
             return {"all": found if not isinstance(found, dict) else next(iter(found.values()))}
@@ -449,6 +469,9 @@ def load_data(label2id=None):
         if missing := {*text_columns(), LABEL_COLUMN} - set(rows.column_names):
             raise Problem(f"DATA = {DATA!r}: {split} has no column {', '.join(sorted(missing))}; its columns are "
                           f"{', '.join(rows.column_names)}. Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN.")
+        for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
+            if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
+                raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}, not texts or numbers.")
     label2id = label2id or label_names(splits)
     splits = {split: clean(rows, split, label2id) for split, rows in splits.items()}
 
@@ -470,6 +493,13 @@ def load_data(label2id=None):
         + ", ".join(f"{shares[number]:,} {label}" for label, number in label2id.items()))
     return splits, label2id
 
+def bounded(text):
+    """The text or, if it is very long, as much of it as MeCab takes: at some 100,000 characters it crashes."""
+    text = text[:LONGEST]
+    while len(text) > 1000 and len(unicodedata.normalize("NFKC", text)) > LONGEST:  # which can make 18 characters of 1
+        text = text[:len(text) // 2]
+    return text
+
 @functools.lru_cache(2)
 def token_ids(tokenizer):
     """A function: text → its token ids, without special tokens, exactly as this BertJapaneseTokenizer gives them.
@@ -487,8 +517,8 @@ def token_ids(tokenizer):
 
     def ids(text):
         if isinstance(text, str) and special.search(text):
-            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
-        already_cut = text if isinstance(text, list) else words(text, never_split=never_split)
+            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(bounded(text)))
+        already_cut = text if isinstance(text, list) else words(bounded(text), never_split=never_split)
         return [piece for word in already_cut for piece in pieces(word)]
 
     return ids
@@ -517,10 +547,11 @@ def encode(texts, tokenizer, max_length):
         join = lambda text: text if isinstance(text, str) else "".join(word or tokenizer.mask_token for word in text)
         rows = list(zip(*(map(join, column) for column in texts)))
         columns, again = dict(tokenizer(*map(list, zip(*rows)), verbose=False, **options)), tokenizer
-    cut = [len(ids) > max_length for ids in columns["input_ids"]]
-    for row in itertools.compress(range(len(cut)), cut):
+    long = [len(ids) > max_length for ids in columns["input_ids"]]
+    for row in itertools.compress(range(len(long)), long):
         for name, value in again(*rows[row], truncation=True, max_length=max_length, **options).items():
             columns[name][row] = value
+    cut = [one or any(len(text) > LONGEST for text in row) for one, row in zip(long, zip(*texts))]
     return {**columns, "length": list(map(len, columns["input_ids"])), "cut": cut}
 
 def scratch():
@@ -736,8 +767,9 @@ def load_config(name, setting="TEACHER"):
                   "fine-tuned", "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name'}
         raise Problem(f"{setting} = {name!r}: no such folder. {advice.get(setting, 'Name a folder or a hub model')}.")
     with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
-        config = AutoConfig.from_pretrained(name)
-    kind, outputs = (config.architectures or ["?ForSequenceClassification"])[0], config.num_labels
+        stay_inside(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind, outputs = str((config.architectures or ["?ForSequenceClassification"])[0]), config.num_labels
     if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
         able = ", ".join(family for family in FAMILIES if METHOD in FAMILIES[family])
         raise Problem(f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} accepts {able}.")
@@ -753,6 +785,11 @@ def takes_types(config):
     """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
     return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
+def most_tokens(config):
+    """How many tokens a model takes at most."""
+    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return getattr(config, "max_position_embeddings", 10**9) - offset
+
 def load_tokenizer(name, config, role="teacher"):
     """The tokenizer in `name`, which must fit the model's `config`. It cuts texts to MAX_LENGTH, here and later."""
     advice = 'Set TOKENIZER to the one the teacher was made with, e.g. "tohoku-nlp/bert-base-japanese-v3"' \
@@ -762,15 +799,19 @@ def load_tokenizer(name, config, role="teacher"):
         raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
     with explain(f"the tokenizer in {name!r} cannot be loaded",
                  f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    if (highest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        given = get_tokenizer_config(name)
+        if paths := [one for kind in ("mecab_kwargs", "sudachi_kwargs") for one in strings(given.get(kind)) if "/" in one]:
+            raise ValueError(f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer.takes_types = takes_types(config)
+        encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)  # now, rather than after the data is read
+        highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
         raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
                       f"{config.vocab_size - 1}. {advice}.")
-    most = config.max_position_embeddings - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
-    if MAX_LENGTH > most:
-        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most} tokens.")
+    if MAX_LENGTH > most_tokens(config):
+        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most_tokens(config)} tokens.")
     tokenizer.model_max_length = MAX_LENGTH
-    tokenizer.takes_types = takes_types(config)
     return tokenizer
 
 def load_model(name, setting="TEACHER", config=None):
@@ -784,6 +825,8 @@ def load_model(name, setting="TEACHER", config=None):
         model, info = classifier_class(config).from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
             output_loading_info=True)
+        end = getattr(config, "eos_token_id", None) or 0  # without which BART does not run
+        model.eval()(input_ids=torch.full((1, 2), end))  # what does not fit is told now
     missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
         raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
@@ -792,7 +835,7 @@ def load_model(name, setting="TEACHER", config=None):
     body = model.base_model_prefix + "."
     if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
         raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
-    return model.eval().requires_grad_(setting != "TEACHER")
+    return model.requires_grad_(setting != "TEACHER")
 
 @torch.inference_mode()
 def predict(model, loader):
@@ -1288,6 +1331,10 @@ def run():
     seconds, laps = {}, [time.perf_counter()]
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
     from_main(clear)
+    if processes() > 1:
+        say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
+    elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        say("note", "accelerate starts one process on a CPU unless it is given --mpirun_hostfile; torchrun starts several")
     name, recipe = find_teacher()
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
@@ -1349,7 +1396,7 @@ def main(argv=None):
         if texts is not None:
             return show_predictions(texts)
         PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
-        check_settings()
+        from_main(check_settings)
         with contextlib.ExitStack() as stack:
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -1357,9 +1404,13 @@ def main(argv=None):
                 stack.enter_context(alone())
             run()
     except Problem as problem:
-        sys.exit(f"distill.py: {problem}")
+        sys.exit(f"distill.py: {problem}" if rank() == 0 else f"distill.py, process {rank()}: {problem}")
     except KeyboardInterrupt:
         sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
+    except RuntimeError as error:
+        if processes() == 1 or "onnection" not in str(error):
+            raise
+        sys.exit(f"distill.py, process {rank()}: stops, for another process has; that one's message tells why")
     except OSError as error:
         sys.exit(f"distill.py: {error.filename or CACHE}: {error.strerror or error}. What was saved before is still "
                  "there. Make room, or name another folder; the same command goes on from here.")
@@ -1425,11 +1476,11 @@ def more_text(rows, tokenizer):
 def word_cutter(tokenizer):
     """A function: text → its words; with the white space before them unless the tokenizer itself cuts words."""
     if cuts_words(tokenizer):
-        return tokenizer.word_tokenizer.tokenize
+        return lambda text: tokenizer.word_tokenizer.tokenize(bounded(text))
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
 
     def words(text):
-        text, end, found = unicodedata.normalize("NFKC", text), 0, []
+        text, end, found = unicodedata.normalize("NFKC", bounded(text)), 0, []
         for word in mecab.tokenize(text):
             start, end = end, text.index(word, end) + len(word)
             found.append(text[start:end])
@@ -1532,7 +1583,7 @@ def make_word_tokenizer(data):
     """
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
     counts = Counter(word for split in ("train", "unlabeled") for column in text_columns()
-                     for text in (data[split][column] if split in data else ()) for word in mecab.tokenize(text))
+                     for text in (data[split][column] if split in data else ()) for word in mecab.tokenize(bounded(text)))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(word for word in counts if counts[word] > 1)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(dict.fromkeys(words)), "utf-8")
@@ -1866,8 +1917,8 @@ def load_generator(teacher_tokenizer=None):
                       "teacher's vocabulary, or None.")
     with explain(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
-            GENERATOR, dtype=torch.float32, output_loading_info=True)
-    kind = (config.architectures or [""])[0]  # a classifier's head for words would be random or, for BART, forgotten
+            GENERATOR, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+    kind = str((config.architectures or [""])[0])  # a classifier's head for words would be random or, for BART, forgotten
     if info["missing_keys"] or "Classification" in kind:
         raise Problem(f"GENERATOR = {GENERATOR!r}: is no masked-language model but a {kind or 'part of one'}.")
     return model.eval(), tokenizer
@@ -1965,17 +2016,19 @@ def load_student(folder):
     length, returned in their order. A Problem where there is no student or a text is no text.
     """
     with explain(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
+        stay_inside(folder)
         kind = json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0]
-        kind = BiLSTM if kind == "BiLSTM" else classifier_class(AutoConfig.from_pretrained(folder))
+        kind = BiLSTM if kind == "BiLSTM" else classifier_class(load_config(folder, "OUTPUT"))
         model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.takes_types = takes_types(model.config)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most_tokens(model.config))
 
     def predict(texts):
         rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
         if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
-                not all(isinstance(one, str) for row in rows for one in row):
-            raise Problem("predict takes a list of texts, or of pairs of texts.")
+                not all(isinstance(one, str) and (text(one) or not one.strip()) for row in rows for one in row):
+            raise Problem("predict takes a list of texts, or of pairs of texts, without halves of characters (surrogates).")
         columns = list(zip(*rows))
         scores, numbers = classify(model, tokenizer, columns).softmax(-1).max(-1) if columns else ((), ())
         return [{"label": model.config.id2label[int(number)], "score": float(score)}
@@ -1986,6 +2039,8 @@ def load_student(folder):
 def show_predictions(texts):
     """A label and its probability per line, for each of `texts` or, if there are none, each line of standard input."""
     predict, many = load_student(OUTPUT), 1 if sys.stdin.isatty() else 1000  # answer at once who types
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is told, not guessed
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for lines in [texts] if texts else iter(lambda: list(itertools.islice(sys.stdin, many)), []):
         pairs = [line.rstrip("\n").split("\t") if TEXT_PAIR_COLUMN else line.rstrip("\n") for line in lines]
         for one in predict(pairs):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models as small as these only wait for a second thread
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
@@ -17,6 +18,13 @@ SAMPLE = ROOT / "tests" / "sample"
 sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
+
+CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large,
+          hypothesis.HealthCheck.filter_too_much]
+for profile, examples in ("short", 25), ("long", 2000):  # python -m pytest --hypothesis-profile=long
+    hypothesis.settings.register_profile(profile, max_examples=examples, derandomize=profile == "short", deadline=None,
+                                         database=None, suppress_health_check=CHECKS)
+hypothesis.settings.load_profile("short")
 
 VOCABULARY = len((SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines())
 
