@@ -562,6 +562,8 @@ def scratch():
 
 def map_rows(rows, function, **options):
     """Dataset.map into a file of its own in CACHE: it never takes an older result, and writes nothing beside DATA."""
+    seen = len(rows) >= TEXTS_PER_PROCESS and sys.stderr.isatty() and rank() == 0  # what takes longer is shown
+    (datasets.enable_progress_bars if seen else datasets.disable_progress_bars)()
     name = f"rows-{time.monotonic_ns()}"
     path = str(scratch() / f"{name}.arrow")
     return rows.map(function, batched=True, new_fingerprint=name, cache_file_name=path, **options)
@@ -1391,6 +1393,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each local file that is read would be counted over the network
     try:
         texts = read_command_line(argv)
         if texts is not None:

@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 import distill
-from conftest import DEFAULTS, ROOT, SAMPLE, save_model
+from conftest import DEFAULTS, ROOT, save_model
 
 STRANGE = ["", " ", "　\t", "\0", "雨\0雪", "\ud800", "雨\udfff雪", "שלום", "مرحبا", "👨‍👩‍👧‍👦", "か\u3099", "\u202e逆", "\ufeff", "\u2028",
            "𠮷鱻麤", "[CLS]", "[MASK][SEP]", "##", "\x01\x7f\x9f", "\ufdfa" * 3000, "NA", "null", "1e400", "=1+1", "../../etc/passwd"]
