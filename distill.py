@@ -109,10 +109,10 @@ class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
 
 def text(value):
-    """Is it a text: neither empty nor with half a character (a lone surrogate), which is nothing that could be written?"""
+    """Is it a text: neither empty nor with half a character (a lone surrogate), which cannot be written?"""
     return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
-def name(value):
+def a_name(value):
     return text(value) and "\0" not in value
 
 def number(low, high=sys.float_info.max, kinds=(int, float)):
@@ -127,9 +127,9 @@ def weights(count):  # with neither CE nor KL there would be no validation loss
         isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
-    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", name),
+    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", a_name),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
-     lambda value: value is None or name(value)),
+     lambda value: value is None or a_name(value)),
     ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
      number(1, kinds=[int])),
     ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
@@ -292,15 +292,15 @@ def tidy(folder):
 
 @contextlib.contextmanager
 def alone():
-    """Inside, this run alone uses CACHE and OUTPUT: another would take its files away. The locks die with their owner."""
+    """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
     locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{OUTPUT}.distill_lock")}
     with contextlib.ExitStack() as stack:
         for name, path in locks.items():
             try:
                 stack.enter_context(filelock.FileLock(path, blocking=False))
             except filelock.Timeout:
-                raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name another "
-                              "CACHE and another OUTPUT.") from None
+                raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name "
+                              "another CACHE and another OUTPUT.") from None
         stack.callback(locks["OUTPUT"].unlink, missing_ok=True)
         yield
 
@@ -311,12 +311,14 @@ def strings(value):
 
 def stay_inside(folder):
     """A Problem if an index of files in `folder`, which may come from a stranger, names one outside it."""
-    for index in (file for name in ("*.index.json", "dataset_dict.json", "**/state.json") for file in Path(folder).glob(name)):
+    patterns = "*.index.json", "dataset_dict.json", "**/state.json"
+    for index in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
         if out := [one for one in strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
-            raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or delete it.")
+            raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or "
+                          "delete it.")
 
 def digest(*parts):
-    """A short name for contents: a model's configuration and weights, what an iterator gives, or any value by its repr."""
+    """A short name for contents: a model's configuration and weights, what an iterator gives, any value by its repr."""
     state = hashlib.sha256()
     for part in itertools.chain.from_iterable(part if isinstance(part, Iterator) else [part] for part in parts):
         if isinstance(part, torch.nn.Module):
@@ -377,7 +379,7 @@ def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
 
 def in_parts(rows, *columns):
-    """These columns in parts of 10,000 rows, {name: values}: of a million texts no more than that is in memory at once."""
+    """These columns in parts of 10,000 rows, {name: values}: of a million texts no more is in memory at once."""
     return rows.select_columns([*columns]).iter(10_000)
 
 def column(rows, name, kind=None):
@@ -448,7 +450,8 @@ def clean(rows, split, label2id):
     for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
         row = len(labels)
         for name in text_columns():
-            found[f"{name} empty or not a text"] += [row + n for n, value in enumerate(part[name], 1) if not text(value)]
+            faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
+            found[f"{name} empty or not a text"] += faulty
         for n, label in enumerate(part[LABEL_COLUMN], 1):
             label = re.sub(r"\.0$", "", str(label))
             labels.append(lookup.get(label, NO_LABEL))
@@ -471,7 +474,8 @@ def load_data(label2id=None):
                           f"{', '.join(rows.column_names)}. Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN.")
         for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
             if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
-                raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}, not texts or numbers.")
+                raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}; accepted are texts "
+                              "and numbers.")
     label2id = label2id or label_names(splits)
     splits = {split: clean(rows, split, label2id) for split, rows in splits.items()}
 
@@ -802,7 +806,7 @@ def load_tokenizer(name, config, role="teacher"):
     with explain(f"the tokenizer in {name!r} cannot be loaded",
                  f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
         given = get_tokenizer_config(name)
-        if paths := [one for kind in ("mecab_kwargs", "sudachi_kwargs") for one in strings(given.get(kind)) if "/" in one]:
+        if paths := [one for one in strings([given.get("mecab_kwargs"), given.get("sudachi_kwargs")]) if "/" in one]:
             raise ValueError(f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.takes_types = takes_types(config)
@@ -1017,7 +1021,7 @@ class CustomTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_train_dataloader(self):
-        """Batches of like length, in an order that SEED and the epoch (state.epoch) decide; each process has a part of each."""
+        """Batches of like length, in an order that SEED and state.epoch decide; each process has a part of each."""
         lengths, seed = column(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
         order, size = shuffled(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
         batches = [order[start:start + size] for start in range(0, len(order), size)]
@@ -1026,7 +1030,8 @@ class CustomTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Of the batches each process has every n-th."""
-        return inference_loader(self.eval_dataset if eval_dataset is None else eval_dataset, self.data_collator, take=own)
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return inference_loader(rows, self.data_collator, take=own)
 
     def get_test_dataloader(self, test_dataset):
         return inference_loader(test_dataset, self.data_collator)
@@ -1141,7 +1146,7 @@ def clip_gradients(model, norm):
         torch._foreach_mul_(grads, norm / found)
 
 def training_step(trainer, batch, weight=1):
-    """One step of the optimizer; returns the loss of the batch, a mean over its texts. `weight`: among the processes."""
+    """One step of the optimizer; returns the loss of the batch, a mean. `weight`: of it, among the processes."""
     loss = trainer.compute_loss(trainer.model_wrapped, batch)
     trainer.accelerator.backward(loss * weight)
     clip_gradients(trainer.model, trainer.args.max_grad_norm)
@@ -1160,7 +1165,7 @@ def train_epoch(trainer, epoch):
     for batch in progress(loader, desc=f"epoch {epoch}"):
         rate = trainer.lr_scheduler.get_last_lr()[0]
         size = min(left, trainer.args.train_batch_size)
-        mine = len(own(range(size)))  # what this process has of a batch may be nothing; it then holds one text, weighed 0
+        mine = len(own(range(size)))  # texts for this process; if it is none, it is given one all the same, weighed 0
         total += training_step(trainer, batch, mine * processes() / size) * mine
         left -= size
         if not math.isfinite(total) and processes() == 1:  # several must all go on to the end of the epoch
@@ -1336,7 +1341,7 @@ def run():
     if processes() > 1:
         say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        say("note", "accelerate starts one process on a CPU unless it is given --mpirun_hostfile; torchrun starts several")
+        say("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
     name, recipe = find_teacher()
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
@@ -1393,7 +1398,7 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else each local file that is read would be counted over the network
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every local file would be counted over the network
     try:
         texts = read_command_line(argv)
         if texts is not None:
@@ -2031,7 +2036,7 @@ def load_student(folder):
         rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
         if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
                 not all(isinstance(one, str) and (text(one) or not one.strip()) for row in rows for one in row):
-            raise Problem("predict takes a list of texts, or of pairs of texts, without halves of characters (surrogates).")
+            raise Problem("predict takes a list of texts, or of pairs of texts, without half characters (surrogates).")
         columns = list(zip(*rows))
         scores, numbers = classify(model, tokenizer, columns).softmax(-1).max(-1) if columns else ((), ())
         return [{"label": model.config.id2label[int(number)], "score": float(score)}
@@ -2121,6 +2126,8 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
     data = {split: with_lengths(rows) for split, rows in datasets.items()}
     Path(CACHE).mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(student, data, collate_fn or collate, EPOCHS, LEARNING_RATE, PATIENCE, TermsTrainer)
+    if processes() > 1:
+        raise Problem("distill runs in one process.")
     trainer.terms, names = terms, lambda role: {term[role] for term in terms}
     with (watched(teacher.eval(), names("teacher")) as trainer.call_teacher,
           watched(student, names("student")) as trainer.call_student):
