@@ -570,7 +570,7 @@ def map_rows(rows, function, **options):
     (datasets.enable_progress_bars if seen else datasets.disable_progress_bars)()
     name = f"rows-{time.monotonic_ns()}"
     path = str(scratch() / f"{name}.arrow")
-    return rows.map(function, batched=True, new_fingerprint=name, cache_file_name=path, **options)
+    return rows.map(function, batched=True, desc="texts", new_fingerprint=name, cache_file_name=path, **options)
 
 def tokenize(data, tokenizer, student_tokenizer=None):
     """Texts → input_ids (, token_type_ids), length, and key, a name for these ids. Nothing is padded here.

@@ -21,7 +21,7 @@ import distill  # noqa: E402
 
 CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large,
           hypothesis.HealthCheck.filter_too_much]
-for profile, examples in ("short", 25), ("long", 2000):  # python -m pytest --hypothesis-profile=long
+for profile, examples in ("short", 25), ("long", 500):  # python -m pytest --hypothesis-profile=long
     hypothesis.settings.register_profile(profile, max_examples=examples, derandomize=profile == "short", deadline=None,
                                          database=None, suppress_health_check=CHECKS)
 hypothesis.settings.load_profile("short")

@@ -1,6 +1,6 @@
 """Bad input at volume: any text, file, setting or model folder ends in a result or in one Problem, never in a library.
 
-python -m pytest tests/test_input.py --hypothesis-profile=long  tries 2,000 of each kind instead of 25.
+python -m pytest tests/test_input.py --hypothesis-profile=long  tries 500 of each kind instead of 25.
 """
 
 import csv
