@@ -811,6 +811,8 @@ def load_tokenizer(name, config, role="teacher"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.takes_types = takes_types(config)
         encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)  # now, rather than after the data is read
+        if tokenizer.pad_token_id is None:
+            raise ValueError("it has no padding token")
         highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "

@@ -184,6 +184,14 @@ def test_damaged_files_of_a_teacher_are_refused_or_make_no_difference_to_the_rea
         path.write_bytes(whole)
 
 
+def test_a_tokenizer_without_padding(teacher):
+    """Found by the test above, in its long form."""
+    path = teacher / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"pad_token": None}), "utf-8")
+    distill.MAX_LENGTH = 32
+    assert "it has no padding token" in str(outcome(load, str(teacher)))
+
+
 # ── Standard input ──
 
 
