@@ -10,9 +10,9 @@ Writes  OUTPUT: the student with its tokenizer, a model card, report.json, histo
         moment, goes on where it was. It can be deleted at any time.
 """
 
-import argparse, ast, contextlib, copy, functools, glob, hashlib, importlib.util, io, itertools, json, logging, math, os
-import platform, re, shutil, sys, tempfile, time, unicodedata, warnings
-from collections import Counter
+import argparse, ast, contextlib, copy, csv, errno, functools, glob, hashlib, importlib.util, io, itertools, json, logging, math
+import os, platform, re, shutil, sys, tempfile, time, unicodedata, warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ try:
     import filelock
     import huggingface_hub
     import numpy as np
+    import pyarrow
     import torch
     import torch.nn.functional as F
     import transformers
@@ -109,8 +110,12 @@ class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
 
 def text(value):
-    """Is it a text: neither empty nor with half a character (a lone surrogate), which cannot be written?"""
-    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
+    """Is it a text: neither empty nor with half a character?"""
+    return isinstance(value, str) and value.strip() != "" and is_encodable(value)
+
+def is_encodable(value):
+    """Whether UTF-8 can hold a text: it has no half character (a lone surrogate)."""
+    return re.search("[\ud800-\udfff]", value) is None
 
 def a_name(value):
     return text(value) and "\0" not in value
@@ -167,8 +172,22 @@ def explain(what, advice):
     except Exception as error:
         if isinstance(error, Problem):
             raise
+        if problem := full_disk(error):
+            raise problem from error
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise Problem(f"{what}: {reason.splitlines()[0].rstrip('.:')}. {advice}.") from error
+
+def full_disk(error):
+    """A Problem if an error, or one that led to it, is the system's for a disk, quota or file that cannot grow; else None."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        found = re.search("No space left on device|File too large|quota exceeded", str(error), re.IGNORECASE)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or found:  # safetensors and pyarrow only tell it in words
+            reason = os.strerror(number) if number else found[0]
+            return Problem(f"{reason}. What was saved before is still there. Make room, or name another CACHE and OUTPUT; the "
+                           "same command goes on from here.")
+        error = error.__cause__ or error.__context__
+    return None
 
 def read_command_line(argv):
     """Change the settings that are given in `argv`, whose names, groups and help come from the block above.
@@ -188,29 +207,41 @@ def read_command_line(argv):
                                help=f"{setting[2] or ''} [{globals()[setting[1]]}]".replace("%", "%%"))
     options = vars(parser.parse_args(argv))
     predict = options.pop("predict")
+    GIVEN.clear()
     for name, given in options.items():
+        GIVEN.add(name.upper())
         value, accepts = given, ACCEPTED[name.upper()][0]
         with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
             value = ast.literal_eval(re.sub(r"\b(\d+)/(\d+)\b", lambda part: str(int(part[1]) / int(part[2])), given))
         globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
     return predict
 
+GIVEN = set()  # the settings given on the command line
+SAMPLE_TEACHER = "./finetuned_bert_japanese"  # the TEACHER for which, as long as it is not there, a sample teacher stands in
+PATHS = "TEACHER", "TEACHER_BASE", "TOKENIZER", "DATA", "STUDENT_INIT", "OUTPUT", "CACHE", "UNLABELED", "GENERATOR"
+
+def normalize_paths():
+    """Expand ~ in every setting that may be a path, and drop slashes at its end. A hub name stays as it is."""
+    for name in PATHS:
+        if isinstance(globals()[name], str):
+            globals()[name] = normalize_path(globals()[name])
+
+def normalize_path(path):
+    path = os.path.expanduser(path)
+    while len(path) > 1 and path.endswith((os.sep, os.sep + ".")):
+        path = path[:-1]
+    return path
+
 def check_settings():
     """Find every fault of the settings, and outputs that cannot be written, before anything slow begins."""
     faults = [f"{name} = {globals()[name]!r}: must be {words}"
               for name, (accepts, words) in ACCEPTED.items() if not accepts(globals()[name])]
     if not faults:
-        output = Path(OUTPUT)
-        if output.resolve() in [Path(other).resolve() for other in (TEACHER, DATA, CACHE)]:
-            faults.append(f"OUTPUT = {OUTPUT!r}: must not be the folder of TEACHER, DATA or CACHE")
-        elif output.is_file() or output.is_dir() and any(output.iterdir()) and not (output / "report.json").exists():
-            faults.append(f"OUTPUT = {OUTPUT!r}: was not written by distill.py and is not overwritten; name another")
-        for name, folder in ("OUTPUT", output.absolute().parent), ("CACHE", Path(CACHE)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-            except OSError as error:
-                faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
+        faults += folder_faults()
+        names = [TEXT_COLUMN, LABEL_COLUMN] + [TEXT_PAIR_COLUMN] * (TEXT_PAIR_COLUMN is not None)
+        if len(set(names)) < len(names):
+            faults.append(f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN = "
+                          f"{LABEL_COLUMN!r}: must be different columns")
         if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
             faults.append(f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"')
         if QUANTIZE and EXPORT != "onnx":
@@ -230,6 +261,51 @@ def check_settings():
             faults.append(f'METHOD = {METHOD!r}: runs in one process; several accept "none" and "kd"')
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
+    make_cache()
+
+def folder_faults():
+    """What is wrong with OUTPUT, CACHE, and TEACHER where it is still to be made, as folders to write to: a list."""
+    output, cache, faults = Path(os.path.realpath(OUTPUT)), Path(CACHE), []
+    kept = {"TEACHER": TEACHER, "DATA": DATA, "CACHE": CACHE, "UNLABELED": UNLABELED, "the working folder": os.getcwd(),
+            "distill.py": __file__}
+    inside = [name for name, path in kept.items() if path and Path(os.path.realpath(path)).is_relative_to(output)]
+    if inside:
+        faults.append(f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain them. Name another")
+    elif output.exists():
+        faults += [f"OUTPUT = {OUTPUT!r}: {fault}" for fault in foreign_files(output)]
+    if cache.is_dir() and any(cache.iterdir()) and not any((cache / name).exists() for name in ("CACHEDIR.TAG", "lock")):
+        faults.append(f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might overwrite; name another")
+    written = {"OUTPUT": output.parent, "CACHE": cache}
+    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
+        written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
+    for name, folder in written.items():
+        try:
+            if globals()[name].startswith("~"):
+                raise OSError(errno.ENOENT, "no user of this name")
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
+    return faults
+
+def foreign_files(output):
+    """Why OUTPUT, which is replaced as a whole, is left alone: a list of one text; empty if all in it is distill.py's."""
+    try:
+        names = {path.name for path in output.iterdir() if not path.name.startswith(".")}  # .DS_Store and the like
+        report = json.loads((output / "report.json").read_text("utf-8")) if names else {"student": {}}
+        foreign = sorted(names - set(report.get("files", names)))
+        report["student"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return ["was not written by distill.py and is not overwritten; name another"]
+    return [f"holds {', '.join(foreign[:5])}, not written by distill.py, and is replaced as a whole; move this first, or "
+            "name another"] if foreign else []
+
+def make_cache():
+    """Make the folder CACHE, with the mark by which backups leave it out (bford.info/cachedir) and distill.py knows it."""
+    Path(CACHE).mkdir(parents=True, exist_ok=True)
+    mark = Path(CACHE, "CACHEDIR.TAG")
+    if not mark.exists():
+        mark.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# made by distill.py; can be deleted at any time\n", "utf-8")
 
 # ── Files: written whole or not at all ──────────────────────────────────────────────────────────────────
 
@@ -238,14 +314,14 @@ def save_whole(path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
-        with open(f"{path}.new", "wb") as file:
+        with open(f"{path}.distill_new", "wb") as file:
             file.write(hashlib.sha256(buffer.getbuffer()).digest())
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(f"{path}.new", path)
+        os.replace(f"{path}.distill_new", path)
     finally:  # a disk that is full is not kept full
-        Path(f"{path}.new").unlink(missing_ok=True)
+        Path(f"{path}.distill_new").unlink(missing_ok=True)
 
 def file_digest(path):
     state = hashlib.sha256()
@@ -266,11 +342,11 @@ def load_whole(path):
 
 def save_folder(folder, model, tokenizer, more=lambda new: None):
     """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
+    name, folder = folder, os.path.realpath(folder)  # of a link, what it points to is replaced
     new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
     tidy(folder)
     try:
-        with explain(f"{folder} cannot be written", "What was saved before is still there. Make room, or name another "
-                     "folder; the same command goes on from here"):
+        with explain(f"{name} cannot be written", "What was saved before is still there; the same command goes on from here"):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             more(new)
@@ -285,6 +361,7 @@ def save_folder(folder, model, tokenizer, more=lambda new: None):
 
 def tidy(folder):
     """Put right what a kill or a full disk inside save_folder left."""
+    folder = os.path.realpath(folder)
     if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
         os.rename(f"{folder}.distill_old", folder)
     for left in ".distill_new", ".distill_old":
@@ -293,7 +370,7 @@ def tidy(folder):
 @contextlib.contextmanager
 def alone():
     """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
-    locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{OUTPUT}.distill_lock")}
+    locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock")}
     with contextlib.ExitStack() as stack:
         for name, path in locks.items():
             try:
@@ -366,11 +443,13 @@ def from_all(thing):
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}  # a file's or a split's name → which it is
+LABELED_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # of files; texts without labels may also be a .txt
 LONGEST = 30_000  # characters of a text that are looked at: far more than any MAX_LENGTH tokens have
 SAVE_SECONDS = 60  # between two savings of the teacher's answers
 TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
+UNKNOWN_SHARE = 0.03  # of a split's tokens, above which it is said: of a vocabulary that fits, next to none is unknown
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
 TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
 POOL = 16  # batches whose texts are sorted by length together: more saves little, and makes batches too alike
@@ -387,65 +466,321 @@ def column(rows, name, kind=None):
     found = [np.asarray(part[name], kind) for part in in_parts(rows, name)]
     return np.concatenate(found) if found else np.array([], kind)
 
-def read_file(path):
-    """One file as a Dataset whose rows stay on disk. UTF-8 with or without BOM, or CP932 (Japanese Excel)."""
-    kind, options = path.suffix.lower(), {}
-    if kind in (".csv", ".tsv"):  # texts such as NA and labels such as 01 stay as they are written
-        options = dict(sep="\t" if kind == ".tsv" else ",", keep_default_na=False,
-                       converters=dict.fromkeys([*text_columns(), LABEL_COLUMN], str))
-    with explain(f"{path}: cannot be read", f"Accepted are {', '.join(READERS)}, with rows, in UTF-8 or CP932"):
-        if kind != ".parquet":
-            options["encoding"] = "utf-8-sig"
+def read_file(path, columns):
+    """These columns of one file as a Dataset of texts, just as they stand in the file; its rows stay on disk.
+
+    UTF-8 with or without BOM, UTF-16 with one, or CP932 (Japanese Excel). Where it is not certain what the rows and
+    fields of a file are, a Problem names the line.
+    """
+    kind = path.suffix.lower()
+    with explain(f"{path}: cannot be read", f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, "
+                 "in UTF-8 or CP932"):
+        if kind == ".parquet":
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=str(scratch()))
+        if kind not in FILE_READERS:
+            raise ValueError(f"its kind, {kind!r}, is not known")
+        try:
+            return write_rows(FILE_READERS[kind](path, "utf-8-sig", columns), columns)
+        except UnicodeDecodeError:
+            encoding = other_encoding(path)
+            say("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
+            return write_rows(FILE_READERS[kind](path, encoding, columns), columns)
+
+def write_rows(rows, columns):
+    """Rows, a tuple each with a text or None for each of the columns, as a Dataset in a file of its own."""
+    path = scratch() / f"rows-{time.monotonic_ns()}.arrow"
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
+    count = 0
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        while part := list(itertools.islice(rows, 1000)):
+            arrays = [string_array([row[place] for row in part]) for place in range(len(columns))]
+            stream.write_batch(pyarrow.record_batch(arrays, schema=schema))
+            count += len(part)
+    if count == 0:
+        raise ValueError("it has no rows")
+    return datasets.Dataset.from_file(str(path))
+
+def string_array(values):
+    try:
+        return pyarrow.array(values, pyarrow.string())
+    except UnicodeEncodeError:
+        return pyarrow.array([value if value and is_encodable(value) else None for value in values], pyarrow.string())
+
+def other_encoding(path):
+    """The encoding of a text file that is not UTF-8. One that may be in either of two is refused, never guessed."""
+    content = path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+
+    # Of UTF-8 with a few damaged characters most characters are whole; of CP932, read as UTF-8, hardly any is.
+    as_utf8 = content.decode("utf-8", "replace")
+    damaged = as_utf8.count("\ufffd")
+    ascii_characters = sum(len(run) for run in re.findall("[\0-\x7f]+", as_utf8))
+    if len(as_utf8) - ascii_characters - damaged > damaged:
+        line = as_utf8.count("\n", 0, as_utf8.index("\ufffd")) + 1
+        raise ValueError(f"it is UTF-8, but line {line} holds bytes that are no character. Correct this line")
+
+    # Much of EUC-JP can be read as CP932, as other characters; hardly any CP932 can be read as EUC-JP.
+    try:
+        content.decode("euc_jp")
+    except UnicodeDecodeError:
+        return "cp932"
+    raise ValueError("it is not UTF-8, and it may be EUC-JP. Save it as UTF-8")
+
+def refuse_jis(file):
+    """JIS (ISO-2022-JP) is made of ASCII bytes and would pass for UTF-8: raise a ValueError."""
+    if "\x1b$" in file.read(1 << 16):
+        raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
+    file.seek(0)
+
+def csv_rows(path, encoding, columns):
+    """The rows of a .csv or .tsv file, as the csv module reads them in its strict form.
+
+    A row that has not as many fields as the header is refused. So is a quotation mark that seems to open a text by
+    mistake: it would take all rows up to the next such mark into its own text.
+    """
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    character = "tab" if separator == "\t" else "comma"
+    advice = f'A text with a {character}, a line break or a " in it must stand in quotes, and a " in it be written twice'
+    csv.field_size_limit(sys.maxsize)
+    labels, spanning = set(), []  # labels that were seen; rows over several lines: (first line, what they hold)
+    with open(path, encoding=encoding, newline="") as file:
+        refuse_jis(file)
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                raise ValueError("it has no rows")
+            places = column_places(path, header, columns)
+            label_place = places[-1] if LABEL_COLUMN in columns else None
+            line = reader.line_num  # the last line of the row before
+            for fields in reader:
+                first_line, line = line + 1, reader.line_num
+                if not fields:  # an empty line
+                    continue
+                if len(fields) != len(header):
+                    raise Problem(f"{path}, line {first_line}: {len(fields)} fields, but the header has {len(header)}. {advice}.")
+                if line > first_line:
+                    spanning.append((first_line, separator.join(fields)))
+                if label_place is not None:
+                    labels.add(fields[label_place])
+                yield [fields[place] for place in places]
+        except csv.Error:
+            raise Problem(f"{path}, line {line + 1}: a quote opens here that does not close at the end of a field. {advice}.") from None
+
+    def is_row(text):
+        """Whether a line by itself would be a row: it has as many fields, and a label of this file."""
+        fields = text.split(separator)
+        any_label = label_place is None or separator == "\t" or len(labels) < 2
+        return len(fields) == len(header) > 1 and (any_label or fields[label_place] in labels)
+
+    for first_line, content in spanning:
+        are_rows = [is_row(text) for text in re.split("\r\n|\r|\n", content)]
+        if any(this and following for this, following in itertools.pairwise(are_rows)):
+            raise Problem(f"{path}, line {first_line}: a quote opens here and takes the rows below into its text. {advice}.")
+    if spanning:
+        say("data", f"{path}: {len(spanning):,} rows go over several lines, in quotes; the first from line {spanning[0][0]}")
+
+def column_places(path, header, columns):
+    """Where these columns stand among those of a file; a Problem if one is not there, or there twice."""
+    for name in columns:
+        if header.count(name) > 1:
+            raise Problem(f"{path} has more than one column {name!r}. Rename or remove all but one.")
+    refuse_missing_columns(path, columns, header)
+    return [header.index(name) for name in columns]
+
+def refuse_missing_columns(where, columns, found):
+    if missing := [name for name in columns if name not in found]:
+        names = ", ".join(name if name and name == name.strip() else repr(name) for name in map(str, found))
+        names = names if len(names) <= 300 else f"{names[:300]}…"
+        raise Problem(f"{where} has no column {', '.join(missing)}; its columns are {names}. Set TEXT_COLUMN, "
+                      "TEXT_PAIR_COLUMN and LABEL_COLUMN.")
+
+def json_rows(path, encoding, columns):
+    """The rows of a .json or .jsonl file: a list of objects, or an object a line."""
+    with open(path, encoding=encoding) as file:
+        refuse_jis(file)
+        first = next((line.strip() for line in file if line.strip()), "")
+        file.seek(0)
+        place, objects = ("row", enumerate(json.load(file), 1)) if first.startswith("[") else ("line", json_lines(path, file))
+        missing, names = set(columns), ()
+        for number, row in objects:
+            if not isinstance(row, dict):
+                fields = ", ".join(f'"{name}": …' for name in columns)
+                raise Problem(f"{path}, {place} {number}: no object. Accepted is one such as {{{fields}}}.")
+            values = [row.get(name) for name in columns]
+            if any(isinstance(value, (dict, list)) for value in values):
+                raise Problem(f"{path}, {place} {number}: many values in {' or '.join(columns)}, where one is accepted. Write an "
+                              "object for each row; with pandas: to_json(path, orient='records', lines=True).")
+            if missing:
+                missing, names = missing - row.keys(), names or row.keys()
+            if LABEL_COLUMN in columns:
+                values[-1] = None if values[-1] is None else spelled(values[-1])
+            yield [value if isinstance(value, str) else None for value in values]
+        if names:
+            refuse_missing_columns(path, [name for name in columns if name in missing], names)
+
+def json_lines(path, file):
+    """(line, value) of each line that is not empty."""
+    decode = json.JSONDecoder().raw_decode
+    for number, line in enumerate(file, 1):
+        line = line.strip(" \t\r\n")
+        if line:
             try:
-                with open(path, encoding="utf-8") as file:
-                    if re.match(r"\s*\[?\s*null", "".join(itertools.islice(filter(str.strip, file), 2))):
-                        raise ValueError("its first row is null")  # on which pyarrow's JSON reader crashes
-                    sum(1 for _ in file)
-            except UnicodeDecodeError:
-                options["encoding"] = "cp932"
-                say("data", f"{path} is not UTF-8: it is read as CP932 (Shift_JIS)")
-        rows = datasets.load_dataset(READERS[kind], data_files=glob.escape(str(path)), split="train",
-                                     cache_dir=str(scratch()), **options)
-    return rows.rename_column("text", TEXT_COLUMN) if kind == ".txt" and TEXT_COLUMN != "text" else rows
+                value, end = decode(line)
+            except json.JSONDecodeError as error:
+                raise Problem(f"{path}, line {number}: not a whole JSON object ({error.msg}). Accepted are an object a line, or a "
+                              "list of objects.") from None
+            if end < len(line):
+                raise Problem(f"{path}, line {number}: more than one JSON object. Write each on a line of its own.")
+            yield number, value
+
+def text_rows(path, encoding, columns):
+    """The rows of a .txt file: a text a line."""
+    refuse_missing_columns(path, columns[1:], ["its lines"])
+    with open(path, encoding=encoding) as file:
+        refuse_jis(file)
+        for line in file:
+            yield [line.rstrip("\n")]
+
+FILE_READERS = {".csv": csv_rows, ".tsv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".txt": text_rows}
 
 def read_splits():
     """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
     path = Path(DATA)
     if DATA == "tests/sample" and not path.exists():  # started from another folder
         path = Path(__file__).resolve().parent / DATA
+    columns = [*text_columns(), LABEL_COLUMN]
     if path.is_file():
-        return {"all": read_file(path)}
+        if path.suffix.lower() == ".txt":
+            raise Problem(f"DATA = {DATA!r}: a .txt file has no labels. Accepted are {', '.join(LABELED_KINDS)}; texts "
+                          "without labels are named in UNLABELED.")
+        return {"all": read_file(path, columns)}
+    files = labeled_files(path) if path.is_dir() else {}
     if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
-        found = {file.stem.lower(): read_file(file) for file in sorted(path.iterdir())
-                 if file.suffix.lower() in READERS and file.stem.lower() in sum(SPLITS.values(), [])}
+        refuse_doubled_splits(files)
+        splits = {split: read_file(*names, columns) for split, names in files.items()}
+        found = list(splits)
     else:
+        if files:
+            raise Problem(f"DATA = {DATA!r}: is a save_to_disk folder that also holds "
+                          f"{', '.join(file.name for names in files.values() for file in names)}. Keep the one or the other.")
         with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
-                     f"val and test files ({', '.join(READERS)}), a single file, or a hub data set"):
+                     f"val and test files ({', '.join(LABELED_KINDS)}), a single file, or a hub data set"):
             stay_inside(path)
-            found = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
-        if not isinstance(found, dict) or len(found) == 1:
-            return {"all": found if not isinstance(found, dict) else next(iter(found.values()))}
-    splits = {split: found[name] for split, names in SPLITS.items() for name in names if name in found}
+            loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
+        if not isinstance(loaded, dict) or len(loaded) == 1:
+            return {"all": loaded if not isinstance(loaded, dict) else next(iter(loaded.values()))}
+        names = defaultdict(list)
+        for name in loaded:
+            if name in SPLIT_OF:
+                names[SPLIT_OF[name]].append(name)
+        refuse_doubled_splits(names)
+        splits = {split: loaded[name] for split, (name,) in names.items()}
+        found = list(loaded)
     if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
         raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add "
-                      f"it ({', '.join(READERS)}), or set DATA to one single file, which is cut into the three.")
-    return splits
+                      f"it ({', '.join(LABELED_KINDS)}), or set DATA to one single file, which is cut into the three.")
+    return {split: splits[split] for split in SPLITS}
 
-def label_names(splits):
-    """Label → number for a teacher still to be made: the names in order, or LABEL_0 … where they are numbers."""
-    names = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
-    found = names or {str(label) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {"", "None"}
-    if not 2 <= len(found) <= 1000:
-        raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(found)} different labels; 2 to 1000 are accepted.")
-    if not names and all(label.isdecimal() for label in found):
-        names = [f"LABEL_{number}" for number in range(max(map(int, found)) + 1)]
-    return {label: number for number, label in enumerate(names or sorted(found))}
+def labeled_files(folder):
+    """{split: its files}, as their names tell; a .txt is not among them, for it has no labels."""
+    files = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in LABELED_KINDS and file.stem.lower() in SPLIT_OF:
+            files[SPLIT_OF[file.stem.lower()]].append(file)
+    return files
 
-def clean(rows, split, label2id):
+def refuse_doubled_splits(found):
+    """A Problem where more than one file, or split of a data set, is for train, val or test."""
+    for split, names in found.items():
+        if len(names) > 1:
+            names = [name.name if isinstance(name, Path) else name for name in names]
+            raise Problem(f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them.")
+
+# ── Labels: names or numbers ──
+
+def spelled(label):
+    """A label as text, "" if there is none."""
+    return "" if label is None or label != label else str(label)
+
+def without_zero(label):
+    """A whole number without the .0 that pandas gives it where another is missing; any other text as it is."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
+
+def label_lookup(names):
+    """A function: a label as it is written → its place in `names`, None if it is not there.
+
+    It is looked up just as it is written; then, 1 and 1.0 being one number, by its value.
+    """
+    exact = {name: number for number, name in enumerate(names)}
+    by_value = {without_zero(name): number for number, name in enumerate(names)}
+    return lambda label: exact.get(label, by_value.get(without_zero(label)))
+
+def new_label_names(splits):
+    """The label names of a teacher still to be made, in the order of its outputs."""
+    given = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
+    found = {without_zero(spelled(label)) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {"", "None"}
+    names = given or sorted(found)
+    if not 2 <= len(names) <= 1000:
+        raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(names)} different labels; 2 to 1000 are accepted.")
+    if not given and found == {str(number) for number in range(len(found))}:
+        return [f"LABEL_{number}" for number in range(len(found))]
+    if not given and all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
+        names = sorted(found, key=float)
+    return names
+
+def read_labels(splits, names):
+    """What the labels of all splits mean: {split: {label as written: number of the teacher's output, None if unknown}}.
+
+    They are all names of the teacher's labels or else all numbers of its outputs; a mixture is refused. The class
+    labels of a data set have a number of its own and a name: the name counts first, here too.
+    """
+    as_name, as_number, own_names = {}, {}, set()  # (split, label as written) → output, by the one reading and the other
+    by_name, by_number = label_lookup(names), label_lookup([str(number) for number in range(len(names))])
+    for split, rows in splits.items():
+        own = getattr(rows.features[LABEL_COLUMN], "names", None)
+        for label in rows.unique(LABEL_COLUMN):
+            written = spelled(label)
+            if written == "":
+                continue
+            if own:
+                own_names.add(tuple(own))
+                name = own[label] if 0 <= label < len(own) else written
+            else:
+                name = written
+            as_name[split, written] = by_name(name)
+            as_number[split, written] = by_number(written)
+
+    if None not in as_name.values():
+        meant = as_name
+        if None not in as_number.values() and as_number != as_name:
+            say("note", f"the labels of the data are taken as the teacher's names ({short_list(names)}), not as the numbers of "
+                "its outputs")
+    elif None not in as_number.values():
+        meant = as_number
+        if len(own_names) > 1:
+            raise Problem(f"DATA = {DATA!r}: the splits number their class labels differently: "
+                          f"{'; '.join(map(short_list, sorted(own_names)))}. Save them with the same names in the same order.")
+    else:
+        meant = {key: as_number[key] if number is None else number for key, number in as_name.items()}
+        if None not in meant.values():
+            name = next(key for key in as_name if as_number[key] is None)
+            number = next(key for key in as_name if as_name[key] is None)
+            raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {name[1]!r} in {name[0]} is a name of the teacher's labels "
+                          f"({short_list(names)}), {number[1]!r} in {number[0]} can only be a number of its outputs. Write all "
+                          "as names, or all as numbers from 0.")
+    lookup = {split: {} for split in splits}
+    for (split, written), number in meant.items():
+        lookup[split][written] = number
+    return lookup
+
+def short_list(names):
+    """Names in a row; of many, the first few."""
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+
+def clean(rows, split, lookup, names):
     """The texts of one split and `labels`, the teacher's numbers; a Problem that counts all faulty rows."""
-    names = getattr(rows.features[LABEL_COLUMN], "names", [])  # a data set's own numbering is not the teacher's
-    lookup = {str(number): number for number in label2id.values()} | label2id
-    lookup |= {str(number): label2id[name] for number, name in enumerate(names) if name in label2id}
     labels, found = [], {f"{column} empty or not a text": [] for column in text_columns()}
     for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
         row = len(labels)
@@ -453,11 +788,11 @@ def clean(rows, split, label2id):
             faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
             found[f"{name} empty or not a text"] += faulty
         for n, label in enumerate(part[LABEL_COLUMN], 1):
-            label = re.sub(r"\.0$", "", str(label))
-            labels.append(lookup.get(label, NO_LABEL))
-            if label not in lookup:
-                unknown = f"label {label!r}, which the teacher does not have ({', '.join(label2id)}),"
-                found.setdefault("no label" if label in ("", "None", "nan") else unknown, []).append(row + n)
+            number = lookup.get(spelled(label))
+            if number is None:
+                unknown = f"label {spelled(label)[:60]!r}, which the teacher does not have ({short_list(names)}),"
+                found.setdefault(unknown if spelled(label) else "no label", []).append(row + n)
+            labels.append(NO_LABEL if number is None else number)
     if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
                   for what, at in found.items() if at]:
         hint = "DATA is still the sample; set it to your teacher's data." if DATA == "tests/sample" else \
@@ -469,15 +804,15 @@ def load_data(label2id=None):
     """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
     splits = read_splits()
     for split, rows in splits.items():
-        if missing := {*text_columns(), LABEL_COLUMN} - set(rows.column_names):
-            raise Problem(f"DATA = {DATA!r}: {split} has no column {', '.join(sorted(missing))}; its columns are "
-                          f"{', '.join(rows.column_names)}. Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN.")
+        refuse_missing_columns(f"DATA = {DATA!r}: {split}", [*text_columns(), LABEL_COLUMN], rows.column_names)
         for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
             if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
                 raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}; accepted are texts "
                               "and numbers.")
-    label2id = label2id or label_names(splits)
-    splits = {split: clean(rows, split, label2id) for split, rows in splits.items()}
+    names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
+    label2id = {name: number for number, name in enumerate(names)}
+    lookup = read_labels(splits, names)
+    splits = {split: clean(rows, split, lookup[split], names) for split, rows in splits.items()}
 
     def cut(rows, share):
         parts = rows.cast_column("labels", datasets.ClassLabel(len(label2id))).train_test_split(
@@ -492,9 +827,14 @@ def load_data(label2id=None):
     if TRAIN_FRACTION < 1:
         with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
             splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
-    shares = np.bincount(column(splits["train"], "labels"), minlength=len(label2id))
+    counts = np.bincount(column(splits["train"], "labels"), minlength=len(names))
     say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
-        + ", ".join(f"{shares[number]:,} {label}" for label, number in label2id.items()))
+        + ", ".join(f"{count:,} {name}" for name, count in zip(names, counts)))
+    absent = [name for name, count in zip(names, counts) if count == 0]
+    if len(absent) == len(names) - 1:
+        say("note", f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to tell apart")
+    elif absent:
+        say("note", f"no text of train has the label {short_list(absent)}: of it the student sees the teacher's guesses alone")
     return splits, label2id
 
 def bounded(text):
@@ -534,7 +874,8 @@ def encode(texts, tokenizer, max_length):
     """The tokenizer's ids for `texts`, a list per text column; nothing is padded.
 
     A text may also be a list of its words, with the white space before them, None for a masked one.
-    Returns lists: input_ids (, token_type_ids, for pairs), length, and cut, whether max_length cut the text.
+    Returns lists: input_ids (, token_type_ids, for pairs), length, unknown, how many of the tokens are [UNK], and cut,
+    whether max_length cut the text.
     """
     pairs = len(texts) > 1 and getattr(tokenizer, "takes_types", True)
     options = dict(return_attention_mask=False, return_token_type_ids=pairs)
@@ -556,11 +897,12 @@ def encode(texts, tokenizer, max_length):
         for name, value in again(*rows[row], truncation=True, max_length=max_length, **options).items():
             columns[name][row] = value
     cut = [one or any(len(text) > LONGEST for text in row) for one, row in zip(long, zip(*texts))]
-    return {**columns, "length": list(map(len, columns["input_ids"])), "cut": cut}
+    unknown = [ids.count(tokenizer.unk_token_id) for ids in columns["input_ids"]]
+    return {**columns, "length": list(map(len, columns["input_ids"])), "unknown": unknown, "cut": cut}
 
 def scratch():
     """The folder for what only this run of this process needs; it is emptied when a run begins and ends."""
-    folder = Path(CACHE, "tmp", str(rank()))
+    folder = Path(CACHE, "distill_tmp", str(rank()))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -590,6 +932,10 @@ def tokenize(data, tokenizer, student_tokenizer=None):
     lengths, cut = (np.concatenate([column(rows, name) for rows in data.values()]) for name in ("length", "cut"))
     say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
         f"cut to MAX_LENGTH = {MAX_LENGTH}")
+    unknown = {split: column(rows, "unknown").sum() / column(rows, "length").sum() for split, rows in data.items()}
+    if shares := [f"{share:.1%} of {split}" for split, share in unknown.items() if share > UNKNOWN_SHARE]:
+        say("note", f"the vocabulary does not know many tokens ([UNK]): {', '.join(shares)}. Are these texts of the teacher's "
+            "language, and is the tokenizer, with its dictionary, the one that the teacher was trained with?")
     say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
     keys = {split: column(data[split], "key", "S24") for split in SPLITS}
     for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
@@ -785,7 +1131,37 @@ def load_config(name, setting="TEACHER"):
     if setting == "TEACHER" and (outputs < 2 or config.problem_type not in (None, "single_label_classification")):
         raise Problem(f"TEACHER = {name!r}: {outputs} output(s), {config.problem_type or 'regression'}; accepted is a "
                       "classifier that chooses one of two or more labels.")
+    if setting in ("TEACHER", "OUTPUT"):
+        names = checked_label_names(config, f"{setting} = {name!r}: its config.json")
+        config.id2label, config.label2id = dict(enumerate(names)), {label: number for number, label in enumerate(names)}
+    # How its last user wanted to run a model, not what it is: such flags would slow it down or change what it returns.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     return config
+
+def checked_label_names(config, where):
+    """The label names of a classifier by output, as pipelines print them: from id2label. A Problem if label2id contradicts.
+
+    A label2id of other names (LABEL_0, … left from before the names were set), with its numbers as texts or turned
+    round, number to name, contradicts nothing. Where id2label has only LABEL_0, …, the names of label2id count.
+    """
+    outputs = range(config.num_labels)
+    names = [str(config.id2label.get(number)) for number in outputs]
+    if set(config.id2label) != set(outputs) or len(set(names)) < len(names):
+        raise Problem(f"{where} needs a different name in id2label for each of the outputs 0 to {len(outputs) - 1}; it has "
+                      f"{short_list([f'{number}: {label}' for number, label in config.id2label.items()])}.")
+    label2id = {str(name): str(number) for name, number in (config.label2id or {}).items()}
+    if names == [f"LABEL_{number}" for number in outputs] and not label2id.keys() & set(names):
+        by_number = {number: name for name, number in label2id.items()}
+        if set(by_number) == {str(number) for number in outputs}:
+            return [by_number[str(number)] for number in outputs]
+    output_of = {name: str(number) for number, name in enumerate(names)}
+    straight = [output_of[name] == number for name, number in label2id.items() if name in output_of]
+    turned = [output_of[name] == number for number, name in label2id.items() if name in output_of]
+    if (straight or turned) and not (straight and all(straight)) and not (turned and all(turned)):
+        raise Problem(f"{where} contradicts itself: id2label has {short_list([f'{number}: {name}' for number, name in enumerate(names)])}, "
+                      f"label2id {short_list([f'{name}: {number}' for name, number in label2id.items()])}. Correct the one that is "
+                      "wrong; id2label is what pipelines print.")
+    return names
 
 def takes_types(config):
     """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
@@ -820,7 +1196,22 @@ def load_tokenizer(name, config, role="teacher"):
     if MAX_LENGTH > most_tokens(config):
         raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most_tokens(config)} tokens.")
     tokenizer.model_max_length = MAX_LENGTH
+    if role == "teacher":
+        tell_guesses(tokenizer, name, given, config)
     return tokenizer
+
+def tell_guesses(tokenizer, name, given, config):
+    """Say where the library had to guess what the teacher's tokenizer was; `given`: its tokenizer_config.json."""
+    if not given.get("tokenizer_class") and not getattr(config, "tokenizer_class", None):
+        say("note", f"{name} does not name its tokenizer_class: texts are read by {type(tokenizer).__name__}. If the teacher was "
+            'trained with another, such as "BertJapaneseTokenizer", write that into its tokenizer_config.json')
+    uses_mecab = isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.word_tokenizer_type == "mecab"
+    saved_by = re.match(r"(\d+)\.(\d+)", str(config.transformers_version))
+    if uses_mecab and not (given.get("mecab_kwargs") or {}).get("mecab_dic") and (
+            not saved_by or (int(saved_by[1]), int(saved_by[2])) < (4, 46)):
+        say("note", f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. Before transformers "
+            f"4.46 (it was saved by {saved_by[0] if saved_by else 'an unknown version'}) it was ipadic; if the teacher was trained "
+            'with that, write "mecab_kwargs": {"mecab_dic": "ipadic"} into its tokenizer_config.json and pip install ipadic')
 
 def load_model(name, setting="TEACHER", config=None):
     """The classifier in `name`, in eval mode and float32 (transformers 5 otherwise keeps the stored precision).
@@ -856,7 +1247,10 @@ def predict(model, loader):
 
 def classify(model, tokenizer, texts, tokens=None):
     """Text to logits, (texts, classes), in the order of `texts`, a list per text column."""
-    columns = encode(texts, tokenizer, tokenizer.model_max_length)
+    return classify_encoded(model, tokenizer, encode(texts, tokenizer, tokenizer.model_max_length), tokens)
+
+def classify_encoded(model, tokenizer, columns, tokens=None):
+    """What encode() gives to logits, (texts, classes), in its order."""
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
     batches = [batch.tolist() for batch in longest_first(columns["length"], tokens or TOKENS)]
     collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
@@ -905,6 +1299,21 @@ def add_soft_labels(data, teacher, collate_fn):
         return {"soft_labels": soft_labels[at], "teacher_seconds": seconds.numpy()[at]}
 
     return {split: map_rows(rows, add) for split, rows in data.items()}
+
+def check_teacher(rows, names, is_made):
+    """Say so where the teacher answers the training texts worse than no model at all would, before a student learns it."""
+    labels = column(rows, "labels")
+    answers = np.concatenate([np.argmax(part["soft_labels"], -1) for part in in_parts(rows, "soft_labels")])[labels != NO_LABEL]
+    labels = labels[labels != NO_LABEL]
+    counts = np.bincount(labels, minlength=len(names))
+    accuracy, share = (answers == labels).mean(), counts.max() / len(labels)
+    if accuracy < share:
+        say("note", f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} always would be right on "
+            f"{share:.1%}. Likely causes: its labels are in another order than those of the data; its tokenizer or MeCab dictionary "
+            "is not the one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
+            + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
+    elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
+        say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
 
 # ── Student ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1103,7 +1512,11 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
     ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
     with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
             contextlib.nullcontext():
-        trainer.create_optimizer_and_scheduler(num_training_steps=epochs * len(trainer.get_train_dataloader()))
+        steps = epochs * len(trainer.get_train_dataloader())
+        if steps <= WARMUP_STEPS:
+            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}: all {epochs} epochs have {steps} steps, so that the learning rate is never "
+                "reached; lower it, or BATCH_SIZE")
+        trainer.create_optimizer_and_scheduler(num_training_steps=steps)
         parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
         now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
         if now["run"] != run_name:
@@ -1221,6 +1634,10 @@ def plot(history, best, path):
     axes.legend()
     figure.savefig(path, dpi=150)
 
+def ratio(above, below):
+    """above / below; None where that is no number."""
+    return above / below if below else None
+
 def score(logits, labels, teacher_logits, seconds):
     """Figures of one model on one split; logits are (n, classes), labels (n,), seconds the time of inference."""
     predicted = logits.argmax(-1)
@@ -1231,7 +1648,7 @@ def score(logits, labels, teacher_logits, seconds):
             "agreement": share(predicted == teacher_logits.argmax(-1)),
             "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean",
                            log_target=True).item(),
-            "seconds": seconds, "texts_per_second": len(labels) / max(seconds, 1e-9)}
+            "seconds": seconds, "texts_per_second": ratio(len(labels), seconds)}
 
 def evaluate(trainer, data):
     """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
@@ -1262,12 +1679,13 @@ def table(report):
     lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
     for role in ("teacher", "student"):
         lines += [f"{role:<8} {split:<6}{one['accuracy']:>9.4f}{one['macro_f1']:>10.4f}{one['agreement']:>11.4f}"
-                  f"{one['seconds']:>9.2f}{one['texts_per_second']:>9,.0f}"
+                  f"{one['seconds']:>9.2f}{one['texts_per_second'] or math.nan:>9,.0f}"
                   for split, one in report[role]["splits"].items()]
     sizes = [f"{role} {report[role]['parameters']:,} parameters, {report[role]['bytes'] / 1e6:.1f} MB"
              for role in ("teacher", "student")]
-    return "\n".join([*lines, "; ".join(sizes), f"On test the student keeps {report['kept']:.1%} of the teacher's "
-                      f"accuracy and is {report['speedup']:.1f} times as fast",
+    kept = "the teacher is right on no text, so that there is nothing to keep; the student" if report["kept"] is None else \
+        f"the student keeps {report['kept']:.1%} of the teacher's accuracy and"
+    return "\n".join([*lines, "; ".join(sizes), f"On test {kept} is {report['speedup'] or math.nan:.1f} times as fast",
                       f"(without tokenization; {report['hardware']})."])
 
 CARD = """---
@@ -1295,18 +1713,19 @@ def write_report(report, folder):
     Path(folder, "new.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     os.replace(folder / "new.json", folder / "report.json")
 
-def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, seconds):
+def weights_size(name):
+    """Bytes of the weights of the model in a folder or, as far as it was loaded, a hub repository."""
+    folder = Path(name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, local_files_only=True))
+    return sum(file.stat().st_size for file in [*folder.glob("model*.safetensors")] or folder.glob("pytorch_model*.bin"))
+
+def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, splits, history, seconds):
     """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
     test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
-    folder = Path(teacher_name if os.path.isdir(teacher_name) else
-                  huggingface_hub.snapshot_download(teacher_name, local_files_only=True))
-    size = lambda folder: sum(file.stat().st_size for file in [*folder.glob("model*.safetensors")]
-                              or folder.glob("pytorch_model*.bin"))
     report = {
-        "teacher": {"parameters": teacher.num_parameters(), "bytes": size(folder), "splits": splits["teacher"]},
+        "teacher": {"parameters": teacher.num_parameters(), "bytes": teacher_bytes, "splits": splits["teacher"]},
         "student": {"parameters": trainer.model.num_parameters(), "bytes": None, "splits": splits["student"]},
-        "kept": test["student"]["accuracy"] / max(test["teacher"]["accuracy"], 1e-9),
-        "speedup": test["teacher"]["seconds"] / max(test["student"]["seconds"], 1e-9),
+        "kept": ratio(test["student"]["accuracy"], test["teacher"]["accuracy"]),
+        "speedup": ratio(test["teacher"]["seconds"], test["student"]["seconds"]),
         "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
         "settings": {name: public(globals()[name]) for name in ACCEPTED},
         "versions": {"python": platform.python_version(),
@@ -1315,7 +1734,8 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
     }
 
     def more(new):
-        report["student"]["bytes"] = size(new)
+        report["student"]["bytes"] = weights_size(new)
+        report["files"] = sorted([*os.listdir(new), "README.md", "history.csv", "loss.png", "report.json"])
         card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
         lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
         (new / "README.md").write_text(card, "utf-8")
@@ -1330,27 +1750,42 @@ def save_results(trainer, teacher, teacher_name, tokenizer, splits, history, sec
 
 def clear():
     """Remove what a run that was killed left half-written."""
-    shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
-    for left in Path(CACHE).glob("*.new"):
-        left.unlink()
+    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
+    for left in Path(CACHE).glob("*.distill_new"):
+        if left.is_file():
+            left.unlink()
     tidy(OUTPUT)
+
+def rehearse_saving():
+    """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""
+    output = os.path.realpath(OUTPUT)
+    if os.path.exists(output):
+        with explain(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
+                     f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one"):
+            os.rename(output, f"{output}.distill_old")
+            os.rename(f"{output}.distill_old", output)
 
 def run():
     """The whole run, as the settings say. Returns the report; None in other processes than the first."""
     seconds, laps = {}, [time.perf_counter()]
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
     from_main(clear)
+    from_main(rehearse_saving)
     if processes() > 1:
         say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         say("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
     name, recipe = find_teacher()
+    if DATA == "tests/sample" and name == TEACHER:
+        say("note", "DATA is still the sample; set it to your teacher's data")
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
     collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     data, label2id = load_data(None if recipe else config.label2id)
     data |= more_text(data["train"], tokenizer)
     student_tokenizer = load_student_tokenizer(tokenizer, data)
+    with explain("the student's tokenizer cannot be saved", "Save it anew with a current transformers, and name it in TOKENIZER"):
+        student_tokenizer.save_pretrained(scratch() / "tokenizer")  # rather than find out after training
     data = tokenize(data, tokenizer, student_tokenizer)
     lap("data")
 
@@ -1358,8 +1793,11 @@ def run():
         make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
         lap("making the teacher")
     teacher = load_model(name)
+    with explain(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
+        teacher_bytes = weights_size(name)
     labelled = len(data["train"])
     data = add_soft_labels(merge(data), teacher, collate_fn)
+    check_teacher(data["train"], list(label2id), bool(recipe))
     lap("soft labels")
 
     student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
@@ -1384,12 +1822,13 @@ def run():
     data["train"] = data["train"].select(range(labelled))
     splits = evaluate(trainer, data)
     lap("evaluation")
-    report = save_results(trainer, teacher, name, tokenizer, splits, history, seconds)
+    report = save_results(trainer, teacher, name, teacher_bytes, tokenizer, splits, history, seconds)
     print(table(report))
     if EXPORT:
         report["export"] = export(student, data["test"], collate_fn)
+        report["files"] = sorted({*report["files"], *report["export"]} - {"eager"})
         write_report(report, Path(OUTPUT))
-    shutil.rmtree(Path(CACHE, "tmp"), ignore_errors=True)
+    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
     say("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
     return report
@@ -1401,8 +1840,12 @@ def main(argv=None):
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every local file would be counted over the network
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no character for a label ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         texts = read_command_line(argv)
+        normalize_paths()
         if texts is not None:
             return show_predictions(texts)
         PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
@@ -1421,9 +1864,14 @@ def main(argv=None):
         if processes() == 1 or "onnection" not in str(error):
             raise
         sys.exit(f"distill.py, process {rank()}: stops, for another process has; that one's message tells why")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again where it flushes at its end
+        sys.exit("distill.py: the program that read its output has ended, so that it stops, too; the same command goes on from here")
     except OSError as error:
-        sys.exit(f"distill.py: {error.filename or CACHE}: {error.strerror or error}. What was saved before is still "
-                 "there. Make room, or name another folder; the same command goes on from here.")
+        where = f"{error.filename}: " if error.filename else ""
+        problem = full_disk(error) or (f"{where}{error.strerror or error}. What was saved before is still there; once this is put "
+                                       "right, the same command goes on from here.")
+        sys.exit(f"distill.py: {problem}")
 
 # ── Option: a teacher that is still to be made ──────────────────────────────────────────────────────────
 
@@ -1434,7 +1882,7 @@ def find_teacher():
     if TEACHER_BASE is not None:
         say("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
         return TEACHER, (TEACHER_BASE, TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE)
-    if DATA == "tests/sample":
+    if (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample") and "TEACHER" not in GIVEN:  # nobody has named a teacher
         name = os.path.join(CACHE, "sample_teacher")  # never TEACHER: it must not be mistaken for the user's
         made = load_whole(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
         say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
@@ -1467,14 +1915,21 @@ def more_text(rows, tokenizer):
     more = {}
     if UNLABELED:
         path = Path(UNLABELED)
-        files = sorted(file for file in path.iterdir() if file.suffix in READERS) if path.is_dir() else [path]
-        found = [read_file(file) for file in files if file.is_file()]
-        if not found or any(set(text_columns()) - set(one.column_names) for one in found):
-            raise Problem(f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without the column(s) "
-                          f"{', '.join(text_columns())}. Accepted are {', '.join(READERS)}; .txt has a text a line.")
+        kinds = *LABELED_KINDS, ".txt"
+        files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+        files = [file for file in files if file.suffix.lower() in kinds and not file.name.startswith(".")]  # a Mac's ._ files
+        if not files:
+            raise Problem(f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted are "
+                          f"{', '.join(kinds)}; .txt has a text a line.")
+        found = [read_file(file, text_columns()) for file in files]
+        for file, part in zip(files, found):
+            refuse_missing_columns(file, text_columns(), part.column_names)
         strings = datasets.Features(dict.fromkeys(text_columns(), datasets.Value("string")))
         found = datasets.concatenate_datasets([one.select_columns(text_columns()).cast(strings) for one in found])
-        found = found.select([number for number, row in enumerate(found) if all(map(text, row.values()))])
+        whole = [number for number, row in enumerate(found) if all(map(text, row.values()))]
+        if len(whole) < len(found):
+            say("data", f"{UNLABELED}: {len(found) - len(whole):,} of {len(found):,} rows hold no text and are left out")
+        found = found.select(whole)
         more["unlabeled"] = found.add_column("labels", [NO_LABEL] * len(found))
     if AUGMENT:
         more["copies"] = map_rows(rows, copies, with_indices=True, remove_columns=rows.column_names,
@@ -2025,36 +2480,59 @@ def load_student(folder):
     texts: a list of texts, or of pairs of texts where the student was trained on pairs; answered in batches of like
     length, returned in their order. A Problem where there is no student or a text is no text.
     """
+    model, tokenizer = load_saved(folder)
+    return lambda texts: list(answers(model, tokenizer, encode_texts(tokenizer, texts)))
+
+def load_saved(folder):
+    """(model, tokenizer) of the student in `folder`."""
+    folder = normalize_path(os.fspath(folder))
     with explain(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
         stay_inside(folder)
-        kind = json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0]
-        kind = BiLSTM if kind == "BiLSTM" else classifier_class(load_config(folder, "OUTPUT"))
-        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        if json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0] == "BiLSTM":
+            model = BiLSTM.from_pretrained(folder, dtype=torch.float32)
+        else:
+            config = load_config(folder, "OUTPUT")
+            model = classifier_class(config).from_pretrained(folder, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.takes_types = takes_types(model.config)
         tokenizer.model_max_length = min(tokenizer.model_max_length, most_tokens(model.config))
+    return model.eval(), tokenizer
 
-    def predict(texts):
-        rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
-        if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
-                not all(isinstance(one, str) and (text(one) or not one.strip()) for row in rows for one in row):
-            raise Problem("predict takes a list of texts, or of pairs of texts, without half characters (surrogates).")
-        columns = list(zip(*rows))
-        scores, numbers = classify(model, tokenizer, columns).softmax(-1).max(-1) if columns else ((), ())
-        return [{"label": model.config.id2label[int(number)], "score": float(score)}
-                for score, number in zip(scores, numbers)]
+def encode_texts(tokenizer, texts):
+    """encode() for a text, a list of texts, or a list of pairs; a Problem where one is no text."""
+    rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
+    if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
+            not all(isinstance(one, str) and is_encodable(one) for row in rows for one in row):
+        raise Problem("predict takes a list of texts, or of pairs of texts, without half characters (surrogates).")
+    return encode(list(zip(*rows)), tokenizer, tokenizer.model_max_length) if rows else {"input_ids": []}
 
-    return predict
+def answers(model, tokenizer, encoded):
+    """{"label": name, "score": probability} for each of the texts."""
+    if encoded["input_ids"]:
+        for score, number in zip(*classify_encoded(model, tokenizer, encoded).softmax(-1).max(-1)):
+            yield {"label": model.config.id2label[int(number)], "score": float(score)}
+
+def unknown_parts(tokenizer, text):
+    """The words of a text (characters, if its tokenizer does not cut words) that are not in the vocabulary."""
+    parts = tokenizer.word_tokenizer.tokenize(bounded(text)) if cuts_words(tokenizer) else bounded(text)
+    return [part for part in dict.fromkeys(parts) if tokenizer.unk_token in tokenizer.tokenize(part)]
 
 def show_predictions(texts):
     """A label and its probability per line, for each of `texts` or, if there are none, each line of standard input."""
-    predict, many = load_student(OUTPUT), 1 if sys.stdin.isatty() else 1000  # answer at once who types
+    model, tokenizer = load_saved(OUTPUT)
+    many, told = 1 if sys.stdin.isatty() else 1000, set()  # answer at once who types
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is told, not guessed
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     for lines in [texts] if texts else iter(lambda: list(itertools.islice(sys.stdin, many)), []):
-        pairs = [line.rstrip("\n").split("\t") if TEXT_PAIR_COLUMN else line.rstrip("\n") for line in lines]
-        for one in predict(pairs):
-            print(f"{one['label']}\t{one['score']:.4f}", flush=True)
+        rows = [line.rstrip("\n").split("\t") if TEXT_PAIR_COLUMN else line.rstrip("\n") for line in lines]
+        encoded = encode_texts(tokenizer, rows)
+        for row, answer, unknown in zip(rows, answers(model, tokenizer, encoded), encoded["unknown"]):
+            print(f"{answer['label']}\t{answer['score']:.4f}", flush=True)
+            if unknown and len(told) < 100:
+                new = set(unknown_parts(tokenizer, " ".join(row) if TEXT_PAIR_COLUMN else row)) - told
+                told |= new
+                if new:
+                    print(f"note      the student does not know {', '.join(sorted(new))}", file=sys.stderr, flush=True)
 
 TERM = {"teacher": "logits", "student": "logits", "loss": "kl", "weight": 1.0, "temperature": 1.0}
 TERM_LOSSES = {  # name → a function: the student's tensor, the teacher's, temperature → a mean over the batch
@@ -2126,7 +2604,8 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
             raise Problem(f"losses: {term}: accepted are {', '.join(TERM)}; as loss {', '.join(TERM_LOSSES)} or a "
                           "function.")
     data = {split: with_lengths(rows) for split, rows in datasets.items()}
-    Path(CACHE).mkdir(parents=True, exist_ok=True)
+    normalize_paths()
+    make_cache()
     trainer = make_trainer(student, data, collate_fn or collate, EPOCHS, LEARNING_RATE, PATIENCE, TermsTrainer)
     if processes() > 1:
         raise Problem("distill runs in one process.")

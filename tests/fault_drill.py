@@ -56,7 +56,7 @@ def end_of(folder):
 def half_written(folder):
     """Files that a whole run leaves behind only if it forgot to clear up after one that was killed."""
     here = Path(folder)
-    return [str(path) for pattern in ("*.distill_[nol]*", "*.new", ".distill_cache/*.new", ".distill_cache/tmp") for path in here.glob(pattern)]
+    return [str(path) for pattern in ("*.distill_[nol]*", ".distill_cache/*.distill_new", ".distill_cache/distill_tmp") for path in here.glob(pattern)]
 
 
 def damage(folder, draw):

@@ -118,7 +118,7 @@ def test_any_file_is_read_or_refused(tokenizer, capsys, kind, data):
     if not isinstance(found, distill.Problem):
         assert {split: len(rows) > 0 for split, rows in found.items()} == {"train": True, "val": True, "test": True}
         assert set(found["train"]["labels"]) <= {0, 1}
-    shutil.rmtree(Path(distill.CACHE, "tmp"), ignore_errors=True)
+    shutil.rmtree(Path(distill.CACHE, "distill_tmp"), ignore_errors=True)
 
 
 # ── Settings ──

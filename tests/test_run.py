@@ -26,11 +26,12 @@ def test_a_run_writes_everything_the_readme_names(teacher, data, run):
         "model.safetensors", "config.json", "tokenizer_config.json", "vocab.txt", "README.md", "report.json",
         "history.csv", "loss.png"}
     assert sorted(os.listdir()) == [".distill_cache", "data", "distilled_model", "finetuned_bert_japanese"]
-    assert not Path(".distill_cache/tmp").exists()
+    assert not Path(".distill_cache/distill_tmp").exists()
 
     result = report()
     assert set(result) == {"teacher", "student", "kept", "speedup", "epochs", "best_epoch", "seconds", "settings",
-                           "versions", "hardware"}
+                           "versions", "hardware", "files"}
+    assert result["files"] == sorted(file.name for file in Path("distilled_model").iterdir())
     for role in "teacher", "student":
         assert set(result[role]) == {"parameters", "bytes", "splits"}
         assert {split: figures["examples"] for split, figures in result[role]["splits"].items()} == {
@@ -209,8 +210,9 @@ def test_kill_9_and_the_same_command_again(teacher, data):
     assert history("whole") == history("resumed")
 
 
-@pytest.mark.parametrize("moment", [1, 2])
+@pytest.mark.parametrize("moment", [1, 2, 3, 4])
 def test_a_kill_while_the_result_is_put_in_place(teacher, data, run, fails, moment):
+    """OUTPUT is renamed four times: away and back, which shows before any work that it can be; away, and the new one in."""
     run()
     before = MODEL.read_bytes()
     killed = f"""
@@ -227,7 +229,7 @@ os.rename = last_rename
 distill.main({[*TINY, "--alpha", "1.0"]!r})
 """
     assert subprocess.run([sys.executable, "-c", killed], capture_output=True).returncode == -signal.SIGKILL
-    assert MODEL.exists() == (moment == 1) and Path("distilled_model.distill_new").exists()
+    assert MODEL.exists() == (moment in (1, 3)) and Path("distilled_model.distill_new").exists() == (moment > 2)
     fails("--teacher", "./nowhere")  # any later run first puts the old result back
     assert MODEL.read_bytes() == before and sorted(os.listdir()) == [
         ".distill_cache", "data", "distilled_model", "finetuned_bert_japanese"]

@@ -297,7 +297,7 @@ def test_faults_of_the_new_settings(teacher, data, fails, settings):
     assert "pip install onnx onnxscript onnxruntime" in fails("--export", "onnx")
     assert "UNLABELED = 'nowhere'" in fails("--unlabeled", "nowhere")
     write_csv("other.csv", [["a"]], header=["sentence"])
-    assert "without the column(s) text" in fails("--unlabeled", "other.csv")
+    assert "other.csv has no column text; its columns are sentence" in fails("--unlabeled", "other.csv")
     assert "GENERATOR = './nowhere'" in fails("--augment", "1", "--generator", "./nowhere")
     assert "is no masked-language model but a BertForSeq" in fails("--augment", "1", "--generator", str(teacher))
 

@@ -95,7 +95,6 @@ def test_a_clock_set_back_or_on_changes_nothing(teacher, data, run, monkeypatch)
 def test_a_damaged_sample_teacher_is_made_anew(monkeypatch, run):
     made = []
     monkeypatch.setattr(distill, "DATA", "tests/sample")
-    monkeypatch.setattr(distill, "TEACHER", "./nowhere")
     Path(distill.CACHE).mkdir()
     name, recipe = distill.find_teacher()
     assert recipe
@@ -207,7 +206,7 @@ def test_names_that_look_like_patterns_or_addresses_are_names(run):
         Path(name).mkdir()
         write_csv(Path(name, "train.csv"), rows("train", 3))
         Path(distill.CACHE).mkdir(exist_ok=True)
-        assert len(distill.read_file(Path(name, "train.csv"))) == 3
+        assert len(distill.read_file(Path(name, "train.csv"), ["text", "label"])) == 3
 
 
 GUARD = """
