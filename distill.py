@@ -265,17 +265,15 @@ def check_settings():
 
 def folder_faults():
     """What is wrong with OUTPUT, CACHE, and TEACHER where it is still to be made, as folders to write to: a list."""
-    output, cache, faults = Path(os.path.realpath(OUTPUT)), Path(CACHE), []
+    output, faults = Path(os.path.realpath(OUTPUT)), []
     kept = {"TEACHER": TEACHER, "DATA": DATA, "CACHE": CACHE, "UNLABELED": UNLABELED, "the working folder": os.getcwd(),
             "distill.py": __file__}
     inside = [name for name, path in kept.items() if path and Path(os.path.realpath(path)).is_relative_to(output)]
     if inside:
         faults.append(f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain them. Name another")
-    elif output.exists():
+    elif os.path.exists(output):
         faults += [f"OUTPUT = {OUTPUT!r}: {fault}" for fault in foreign_files(output)]
-    if cache.is_dir() and any(cache.iterdir()) and not any((cache / name).exists() for name in ("CACHEDIR.TAG", "lock")):
-        faults.append(f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might overwrite; name another")
-    written = {"OUTPUT": output.parent, "CACHE": cache}
+    written = {"OUTPUT": output.parent, "CACHE": Path(CACHE)}
     if TEACHER_BASE is not None and not os.path.exists(TEACHER):
         written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
     for name, folder in written.items():
@@ -284,6 +282,8 @@ def folder_faults():
                 raise OSError(errno.ENOENT, "no user of this name")
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+            if name == "CACHE" and os.listdir(folder) and not {"CACHEDIR.TAG", "lock"} & set(os.listdir(folder)):
+                faults.append(f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might overwrite; name another")
         except OSError as error:
             faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
     return faults
@@ -552,7 +552,7 @@ def csv_rows(path, encoding, columns):
             if header is None:
                 raise ValueError("it has no rows")
             places = column_places(path, header, columns)
-            label_place = places[-1] if LABEL_COLUMN in columns else None
+            has_labels = columns[-1] == LABEL_COLUMN
             line = reader.line_num  # the last line of the row before
             for fields in reader:
                 first_line, line = line + 1, reader.line_num
@@ -562,17 +562,18 @@ def csv_rows(path, encoding, columns):
                     raise Problem(f"{path}, line {first_line}: {len(fields)} fields, but the header has {len(header)}. {advice}.")
                 if line > first_line:
                     spanning.append((first_line, separator.join(fields)))
-                if label_place is not None:
-                    labels.add(fields[label_place])
-                yield [fields[place] for place in places]
+                row = [fields[place] for place in places]
+                if has_labels:
+                    labels.add(row[-1])
+                yield row
         except csv.Error:
             raise Problem(f"{path}, line {line + 1}: a quote opens here that does not close at the end of a field. {advice}.") from None
 
     def is_row(text):
         """Whether a line by itself would be a row: it has as many fields, and a label of this file."""
         fields = text.split(separator)
-        any_label = label_place is None or separator == "\t" or len(labels) < 2
-        return len(fields) == len(header) > 1 and (any_label or fields[label_place] in labels)
+        any_label = not has_labels or separator == "\t" or len(labels) < 2
+        return len(fields) == len(header) > 1 and (any_label or fields[places[-1]] in labels)
 
     for first_line, content in spanning:
         are_rows = [is_row(text) for text in re.split("\r\n|\r|\n", content)]
@@ -608,17 +609,26 @@ def json_rows(path, encoding, columns):
             if not isinstance(row, dict):
                 fields = ", ".join(f'"{name}": …' for name in columns)
                 raise Problem(f"{path}, {place} {number}: no object. Accepted is one such as {{{fields}}}.")
-            values = [row.get(name) for name in columns]
-            if any(isinstance(value, (dict, list)) for value in values):
-                raise Problem(f"{path}, {place} {number}: many values in {' or '.join(columns)}, where one is accepted. Write an "
-                              "object for each row; with pandas: to_json(path, orient='records', lines=True).")
             if missing:
                 missing, names = missing - row.keys(), names or row.keys()
-            if LABEL_COLUMN in columns:
-                values[-1] = None if values[-1] is None else spelled(values[-1])
-            yield [value if isinstance(value, str) else None for value in values]
+            values = [row.get(name) for name in columns]
+            for value in values:
+                if type(value) is not str:
+                    values = [text_value(path, f"{place} {number}", row, name) for name in columns]
+                    break
+            yield values
         if names:
             refuse_missing_columns(path, [name for name in columns if name in missing], names)
+
+def text_value(path, place, row, name):
+    """The text in a field of a JSON object, or its label written out; None if there is neither."""
+    value = row.get(name)
+    if isinstance(value, (dict, list)):
+        raise Problem(f"{path}, {place}: many values in {name}, where one is accepted. Write an object for each row; with pandas: "
+                      "to_json(path, orient='records', lines=True).")
+    if isinstance(value, str) or value is None:
+        return value
+    return spelled(value) if name == LABEL_COLUMN else None
 
 def json_lines(path, file):
     """(line, value) of each line that is not empty."""
@@ -788,10 +798,11 @@ def clean(rows, split, lookup, names):
             faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
             found[f"{name} empty or not a text"] += faulty
         for n, label in enumerate(part[LABEL_COLUMN], 1):
-            number = lookup.get(spelled(label))
+            written = label if isinstance(label, str) else spelled(label)
+            number = lookup.get(written)
             if number is None:
-                unknown = f"label {spelled(label)[:60]!r}, which the teacher does not have ({short_list(names)}),"
-                found.setdefault(unknown if spelled(label) else "no label", []).append(row + n)
+                unknown = f"label {written[:60]!r}, which the teacher does not have ({short_list(names)}),"
+                found.setdefault(unknown if written else "no label", []).append(row + n)
             labels.append(NO_LABEL if number is None else number)
     if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
                   for what, at in found.items() if at]:

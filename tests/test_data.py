@@ -153,7 +153,7 @@ def test_read_file_gives_what_the_json_module_reads_or_refuses(table, bom, ascii
     ('{"text": "a", "label": 0}{"text": "b", "label": 1}', "data.jsonl, line 1: more than one JSON object"),
     ('{"text": "a", "label": 0}\n[1]\n', "data.jsonl, line 2: no object. Accepted is one such as"),
     ('[{"text": "a", "label": 0}, null]', "data.jsonl, row 2: no object"),
-    ('{"text": {"0": "a"}, "label": {"0": 1}}', "data.jsonl, line 1: many values in text or label"),
+    ('{"text": {"0": "a"}, "label": {"0": 1}}', "data.jsonl, line 1: many values in text, where one is accepted"),
     ('{"version": 1, "data": [{"text": "a", "label": 0}]}', "data.jsonl has no column text, label; its columns are version, data"),
 ])
 def test_read_file_names_the_line_of_a_json_file_that_is_wrong(content, message):
