@@ -11,7 +11,7 @@ Writes  OUTPUT: the student with its tokenizer, a model card, report.json, histo
 """
 
 import argparse, ast, contextlib, copy, csv, errno, functools, glob, hashlib, importlib.util, io, itertools, json, logging, math
-import os, platform, re, shutil, sys, tempfile, time, unicodedata, warnings
+import mmap, os, platform, re, shutil, sys, tempfile, time, unicodedata, warnings, zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +23,7 @@ try:
     import huggingface_hub
     import numpy as np
     import pyarrow
+    import pyarrow.parquet
     import torch
     import torch.nn.functional as F
     import transformers
@@ -32,6 +33,7 @@ try:
     from tqdm.auto import tqdm
     from transformers import (AutoConfig, AutoTokenizer, BertJapaneseTokenizer, EarlyStoppingCallback, PrinterCallback,
                               Trainer, TrainingArguments)
+    from transformers.integrations import get_reporting_integration_callbacks
     from transformers.modeling_outputs import SequenceClassifierOutput
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.models.bert_japanese.tokenization_bert_japanese import MecabTokenizer
@@ -242,6 +244,8 @@ def check_settings():
         if len(set(names)) < len(names):
             faults.append(f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN = "
                           f"{LABEL_COLUMN!r}: must be different columns")
+        if "labels" in (TEXT_COLUMN, TEXT_PAIR_COLUMN):
+            faults.append("TEXT_COLUMN, TEXT_PAIR_COLUMN: must not be 'labels', which the script itself uses; rename this column")
         if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
             faults.append(f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"')
         if QUANTIZE and EXPORT != "onnx":
@@ -288,17 +292,21 @@ def folder_faults():
             faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
     return faults
 
+OUTPUT_FILES = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|student.*\.(pt2|onnx)|.*(token|vocab).*\.(json|txt|model)|"
+                          r"(config|report)\.json|merges\.txt|.*\.model|README\.md|history\.csv|loss\.png|.*\.distill_new")
+
 def foreign_files(output):
     """Why OUTPUT, which is replaced as a whole, is left alone: a list of one text; empty if all in it is distill.py's."""
     try:
-        names = {path.name for path in output.iterdir() if not path.name.startswith(".")}  # .DS_Store and the like
+        names = {path.name for path in output.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")}
         report = json.loads((output / "report.json").read_text("utf-8")) if names else {"student": {}}
-        foreign = sorted(names - set(report.get("files", names)))
+        written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))  # not named by earlier versions
+        foreign = sorted(name for name in names - written if not name.endswith(".distill_new"))
         report["student"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return ["was not written by distill.py and is not overwritten; name another"]
-    return [f"holds {', '.join(foreign[:5])}, not written by distill.py, and is replaced as a whole; move this first, or "
-            "name another"] if foreign else []
+    return [f"holds {short_list(foreign)}, not written by distill.py, and is replaced as a whole; move this first, or name "
+            "another"] if foreign else []
 
 def make_cache():
     """Make the folder CACHE, with the mark by which backups leave it out (bford.info/cachedir) and distill.py knows it."""
@@ -371,6 +379,8 @@ def tidy(folder):
 def alone():
     """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
     locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock")}
+    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
+        locks["TEACHER"] = Path(f"{os.path.realpath(TEACHER)}.distill_lock")
     with contextlib.ExitStack() as stack:
         for name, path in locks.items():
             try:
@@ -378,7 +388,8 @@ def alone():
             except filelock.Timeout:
                 raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name "
                               "another CACHE and another OUTPUT.") from None
-        stack.callback(locks["OUTPUT"].unlink, missing_ok=True)
+        for name in locks.keys() - {"CACHE"}:
+            stack.callback(locks[name].unlink, missing_ok=True)
         yield
 
 def strings(value):
@@ -459,15 +470,17 @@ def text_columns():
 
 def in_parts(rows, *columns):
     """These columns in parts of 10,000 rows, {name: values}: of a million texts no more is in memory at once."""
-    return rows.select_columns([*columns]).iter(10_000)
+    return rows.select_columns([*columns]).with_format(None).iter(10_000)
 
 def column(rows, name, kind=None):
     """One column of numbers or keys as an array."""
     found = [np.asarray(part[name], kind) for part in in_parts(rows, name)]
     return np.concatenate(found) if found else np.array([], kind)
 
-def read_file(path, columns):
+def read_file(path, columns, known_labels=frozenset()):
     """These columns of one file as a Dataset of texts, just as they stand in the file; its rows stay on disk.
+
+    known_labels: the teacher's names, if there is a teacher; they help to tell rows from lines of a text.
 
     UTF-8 with or without BOM, UTF-16 with one, or CP932 (Japanese Excel). Where it is not certain what the rows and
     fields of a file are, a Problem names the line.
@@ -476,15 +489,17 @@ def read_file(path, columns):
     with explain(f"{path}: cannot be read", f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, "
                  "in UTF-8 or CP932"):
         if kind == ".parquet":
+            if pyarrow.parquet.read_metadata(path).num_rows == 0:
+                raise ValueError("it has no rows")
             return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=str(scratch()))
         if kind not in FILE_READERS:
             raise ValueError(f"its kind, {kind!r}, is not known")
         try:
-            return write_rows(FILE_READERS[kind](path, "utf-8-sig", columns), columns)
+            return write_rows(FILE_READERS[kind](path, "utf-8-sig", columns, known_labels), columns)
         except UnicodeDecodeError:
             encoding = other_encoding(path)
             say("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
-            return write_rows(FILE_READERS[kind](path, encoding, columns), columns)
+            return write_rows(FILE_READERS[kind](path, encoding, columns, known_labels), columns)
 
 def write_rows(rows, columns):
     """Rows, a tuple each with a text or None for each of the columns, as a Dataset in a file of its own."""
@@ -520,20 +535,29 @@ def other_encoding(path):
         line = as_utf8.count("\n", 0, as_utf8.index("\ufffd")) + 1
         raise ValueError(f"it is UTF-8, but line {line} holds bytes that are no character. Correct this line")
 
+    if content.count(b"\0") > len(content) / 10:
+        raise ValueError("it is not UTF-8; it may be UTF-16 without its mark (BOM). Save it as UTF-8")
+
     # Much of EUC-JP can be read as CP932, as other characters; hardly any CP932 can be read as EUC-JP.
+    for encoding in "euc_jp", "euc_jis_2004":
+        with contextlib.suppress(UnicodeDecodeError):
+            content.decode(encoding)
+            raise ValueError("it is not UTF-8, and it may be EUC-JP. Save it as UTF-8")
     try:
-        content.decode("euc_jp")
-    except UnicodeDecodeError:
-        return "cp932"
-    raise ValueError("it is not UTF-8, and it may be EUC-JP. Save it as UTF-8")
+        content.decode("cp932")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"it is neither UTF-8 nor CP932: line {line} holds bytes that are no character") from None
+    return "cp932"
 
 def refuse_jis(file):
     """JIS (ISO-2022-JP) is made of ASCII bytes and would pass for UTF-8: raise a ValueError."""
-    if "\x1b$" in file.read(1 << 16):
-        raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
-    file.seek(0)
+    if os.fstat(file.fileno()).st_size:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"\x1b$") >= 0 or content.find(b"\x1b(") >= 0:
+                raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
 
-def csv_rows(path, encoding, columns):
+def csv_rows(path, encoding, columns, known_labels):
     """The rows of a .csv or .tsv file, as the csv module reads them in its strict form.
 
     A row that has not as many fields as the header is refused. So is a quotation mark that seems to open a text by
@@ -558,6 +582,8 @@ def csv_rows(path, encoding, columns):
                 first_line, line = line + 1, reader.line_num
                 if not fields:  # an empty line
                     continue
+                if fields == header:
+                    raise Problem(f"{path}, line {first_line}: the header once more. Remove it.")
                 if len(fields) != len(header):
                     raise Problem(f"{path}, line {first_line}: {len(fields)} fields, but the header has {len(header)}. {advice}.")
                 if line > first_line:
@@ -569,16 +595,19 @@ def csv_rows(path, encoding, columns):
         except csv.Error:
             raise Problem(f"{path}, line {line + 1}: a quote opens here that does not close at the end of a field. {advice}.") from None
 
+    # Of a row over several lines one line, its first or its last, looks like a row by itself. Where more do, and where it
+    # is not just a comma in a text, for they have labels, too, they are rows.
     def is_row(text):
-        """Whether a line by itself would be a row: it has as many fields, and a label of this file."""
         fields = text.split(separator)
-        any_label = not has_labels or separator == "\t" or len(labels) < 2
-        return len(fields) == len(header) > 1 and (any_label or fields[places[-1]] in labels)
+        if len(fields) != len(header) or len(header) == 1:
+            return False
+        return separator == "\t" or has_labels and (fields[places[-1]].strip() in labels or len(labels) < 2)
 
+    labels |= known_labels
     for first_line, content in spanning:
-        are_rows = [is_row(text) for text in re.split("\r\n|\r|\n", content)]
-        if any(this and following for this, following in itertools.pairwise(are_rows)):
-            raise Problem(f"{path}, line {first_line}: a quote opens here and takes the rows below into its text. {advice}.")
+        if sum(is_row(text) for text in re.split("[\r\n]+", content)) > 1:
+            raise Problem(f"{path}, line {first_line}: a quote opens here and takes the rows below into its text. {advice}; if this "
+                          "text does go over these lines, save the file as .jsonl.")
     if spanning:
         say("data", f"{path}: {len(spanning):,} rows go over several lines, in quotes; the first from line {spanning[0][0]}")
 
@@ -594,10 +623,12 @@ def refuse_missing_columns(where, columns, found):
     if missing := [name for name in columns if name not in found]:
         names = ", ".join(name if name and name == name.strip() else repr(name) for name in map(str, found))
         names = names if len(names) <= 300 else f"{names[:300]}…"
-        raise Problem(f"{where} has no column {', '.join(missing)}; its columns are {names}. Set TEXT_COLUMN, "
-                      "TEXT_PAIR_COLUMN and LABEL_COLUMN.")
+        hint = "Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN"
+        if len(found) == 1 and re.search("[,;\t]", str(*found)):
+            hint = "The fields of a .csv are separated by commas, those of a .tsv by tabs"
+        raise Problem(f"{where} has no column {', '.join(missing)}; its columns are {names}. {hint}.")
 
-def json_rows(path, encoding, columns):
+def json_rows(path, encoding, columns, known_labels):
     """The rows of a .json or .jsonl file: a list of objects, or an object a line."""
     with open(path, encoding=encoding) as file:
         refuse_jis(file)
@@ -645,7 +676,7 @@ def json_lines(path, file):
                 raise Problem(f"{path}, line {number}: more than one JSON object. Write each on a line of its own.")
             yield number, value
 
-def text_rows(path, encoding, columns):
+def text_rows(path, encoding, columns, known_labels):
     """The rows of a .txt file: a text a line."""
     refuse_missing_columns(path, columns[1:], ["its lines"])
     with open(path, encoding=encoding) as file:
@@ -655,7 +686,7 @@ def text_rows(path, encoding, columns):
 
 FILE_READERS = {".csv": csv_rows, ".tsv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".txt": text_rows}
 
-def read_splits():
+def read_splits(known_labels):
     """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
     path = Path(DATA)
     if DATA == "tests/sample" and not path.exists():  # started from another folder
@@ -665,11 +696,12 @@ def read_splits():
         if path.suffix.lower() == ".txt":
             raise Problem(f"DATA = {DATA!r}: a .txt file has no labels. Accepted are {', '.join(LABELED_KINDS)}; texts "
                           "without labels are named in UNLABELED.")
-        return {"all": read_file(path, columns)}
+        return {"all": read_file(path, columns, known_labels)}
     files = labeled_files(path) if path.is_dir() else {}
     if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
         refuse_doubled_splits(files)
-        splits = {split: read_file(*names, columns) for split, names in files.items()}
+        tell_unread(DATA, path, [file for names in files.values() for file in names])
+        splits = {split: read_file(*names, columns, known_labels) for split, names in files.items()}
         found = list(splits)
     else:
         if files:
@@ -679,6 +711,7 @@ def read_splits():
                      f"val and test files ({', '.join(LABELED_KINDS)}), a single file, or a hub data set"):
             stay_inside(path)
             loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
+        loaded = loaded.with_format(None)  # arrays and the like were for its last user
         if not isinstance(loaded, dict) or len(loaded) == 1:
             return {"all": loaded if not isinstance(loaded, dict) else next(iter(loaded.values()))}
         names = defaultdict(list)
@@ -700,6 +733,11 @@ def labeled_files(folder):
         if file.suffix.lower() in LABELED_KINDS and file.stem.lower() in SPLIT_OF:
             files[SPLIT_OF[file.stem.lower()]].append(file)
     return files
+
+def tell_unread(name, folder, files):
+    """Say what else is in a folder of data, but for its hidden files."""
+    if files and (others := sorted(file.name for file in {*folder.iterdir()} - {*files} if not file.name.startswith("."))):
+        say("data", f"{name}: {short_list(others)} {'is' if len(others) == 1 else 'are'} not read")
 
 def refuse_doubled_splits(found):
     """A Problem where more than one file, or split of a data set, is for train, val or test."""
@@ -730,10 +768,16 @@ def label_lookup(names):
 def new_label_names(splits):
     """The label names of a teacher still to be made, in the order of its outputs."""
     given = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
-    found = {without_zero(spelled(label)) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {"", "None"}
+    found = {without_zero(spelled(label)) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {""}
     names = given or sorted(found)
     if not 2 <= len(names) <= 1000:
         raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(names)} different labels; 2 to 1000 are accepted.")
+    alike = defaultdict(list)
+    for name in names:
+        alike[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    for spellings in alike.values():
+        if len(spellings) > 1:
+            raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {' and '.join(map(repr, spellings))} look like one label. Write them alike.")
     if not given and found == {str(number) for number in range(len(found))}:
         return [f"LABEL_{number}" for number in range(len(found))]
     if not given and all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
@@ -746,7 +790,8 @@ def read_labels(splits, names):
     They are all names of the teacher's labels or else all numbers of its outputs; a mixture is refused. The class
     labels of a data set have a number of its own and a name: the name counts first, here too.
     """
-    as_name, as_number, own_names = {}, {}, set()  # (split, label as written) → output, by the one reading and the other
+    as_name, as_number = {}, {}  # (split, label as written) → output, by the one reading and the other
+    own_names = {}  # (split, label as written) → the name that a data set gives to the number of its class label
     by_name, by_number = label_lookup(names), label_lookup([str(number) for number in range(len(names))])
     for split, rows in splits.items():
         own = getattr(rows.features[LABEL_COLUMN], "names", None)
@@ -754,11 +799,9 @@ def read_labels(splits, names):
             written = spelled(label)
             if written == "":
                 continue
-            if own:
-                own_names.add(tuple(own))
-                name = own[label] if 0 <= label < len(own) else written
-            else:
-                name = written
+            name = own[label] if own and 0 <= label < len(own) else written
+            if name != written:
+                own_names[split, written] = name
             as_name[split, written] = by_name(name)
             as_number[split, written] = by_number(written)
 
@@ -769,9 +812,7 @@ def read_labels(splits, names):
                 "its outputs")
     elif None not in as_number.values():
         meant = as_number
-        if len(own_names) > 1:
-            raise Problem(f"DATA = {DATA!r}: the splits number their class labels differently: "
-                          f"{'; '.join(map(short_list, sorted(own_names)))}. Save them with the same names in the same order.")
+        refuse_other_class_labels(own_names, as_number, names)
     else:
         meant = {key: as_number[key] if number is None else number for key, number in as_name.items()}
         if None not in meant.values():
@@ -784,6 +825,20 @@ def read_labels(splits, names):
     for (split, written), number in meant.items():
         lookup[split][written] = number
     return lookup
+
+def refuse_other_class_labels(own_names, as_number, names):
+    """Where the numbers of class labels are taken as those of the teacher's outputs: a Problem if their names object."""
+    known = {name.casefold(): number for number, name in enumerate(names)}
+    pairs = {}
+    for (split, written), name in own_names.items():
+        number = as_number[split, written]
+        if known.get(name.casefold(), number) != number or pairs.setdefault(name, number) != number:
+            raise Problem(f"DATA = {DATA!r}: the class label {written} of {split} is named {name!r}, but the teacher's output {number} "
+                          f"{names[number]!r}, and not all of the labels are names of the teacher's ({short_list(names)}). Name or number "
+                          "them as the teacher does, in all splits alike.")
+    if pairs:
+        say("note", "the class labels of the data have other names than the teacher's and are taken by their numbers: "
+            + short_list([f"{name} is {names[number]}" for name, number in sorted(pairs.items(), key=lambda pair: pair[1])]))
 
 def short_list(names):
     """Names in a row; of many, the first few."""
@@ -813,8 +868,10 @@ def clean(rows, split, lookup, names):
 
 def load_data(label2id=None):
     """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
-    splits = read_splits()
+    splits = read_splits(set(label2id or ()))
     for split, rows in splits.items():
+        if len(rows) == 0:
+            raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
         refuse_missing_columns(f"DATA = {DATA!r}: {split}", [*text_columns(), LABEL_COLUMN], rows.column_names)
         for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
             if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
@@ -1200,6 +1257,8 @@ def load_tokenizer(name, config, role="teacher"):
         encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)  # now, rather than after the data is read
         if tokenizer.pad_token_id is None:
             raise ValueError("it has no padding token")
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary holds nothing but special tokens")
         highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
         raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
@@ -1210,6 +1269,19 @@ def load_tokenizer(name, config, role="teacher"):
     if role == "teacher":
         tell_guesses(tokenizer, name, given, config)
     return tokenizer
+
+def refuse_early(config, tokenizer):
+    """Load and throw away what is needed only after the teacher's pass: what is wrong with it is told before."""
+    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
+        for callback in get_reporting_integration_callbacks([] if REPORT_TO == "none" else [REPORT_TO]):
+            callback()
+    source = config
+    if STUDENT_INIT not in ("teacher", "random"):
+        source = load_start(config).config
+    if STUDENT == "bert" and STUDENT_INIT != "random":
+        start_layers(source)
+    if METHOD in TERMS and "D′" in TERMS[METHOD] and GENERATOR is not None:
+        load_generator(tokenizer)
 
 def tell_guesses(tokenizer, name, given, config):
     """Say where the library had to guess what the teacher's tokenizer was; `given`: its tokenizer_config.json."""
@@ -1242,6 +1314,12 @@ def load_model(name, setting="TEACHER", config=None):
         raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
                       f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model; to fine-tune this one first, name it "
                       "in TEACHER_BASE.")
+    unused = sorted(info["unexpected_keys"])
+    if setting == "TEACHER" and (other := [key for key in unused if re.search(r"layers?\.\d+\.", key)]):
+        raise Problem(f"TEACHER = {name!r}: its file holds layers, or parts of layers, that its config.json does not know "
+                      f"({', '.join(other[:3])}). Put the config.json there that was saved with these weights.")
+    if setting == "TEACHER" and unused:
+        say("note", f"{name} holds weights that a {type(model).__name__} does not use: {short_list(unused)}")
     body = model.base_model_prefix + "."
     if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
         raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
@@ -1280,8 +1358,10 @@ def add_soft_labels(data, teacher, collate_fn):
     """
     path, rows = Path(CACHE, f"logits-{digest(teacher)}.pt"), datasets.concatenate_datasets(list(data.values()))
     as_keys = lambda letters: letters.numpy().view("S24")[:, 0]  # keys are kept as (n, 24) letters
-    no_answers = torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0)
-    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds
+    machine = zlib.crc32(hardware().encode())  # seconds are worth something on one machine only
+    no_answers = (torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0),
+                  torch.empty(0, dtype=torch.int64))
+    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds, machine
     save = lambda: rank() == 0 and save_whole(path, [torch.cat(part) for part in zip(*answers)])
     keys = column(rows, "key", "S24")
     different, first = np.unique(keys, return_index=True)
@@ -1294,14 +1374,17 @@ def add_soft_labels(data, teacher, collate_fn):
             for _ in progress(range(from_main(lambda: len(loader))), desc="teacher"):
                 for numbers, logits, seconds in filter(None, from_all(next(mine, None))):
                     letters = torch.from_numpy(keys[new[numbers]].view(np.uint8).reshape(-1, 24))
-                    answers.append((letters, logits, torch.full([len(numbers)], seconds)))
+                    answers.append((letters, logits, torch.full([len(numbers)], seconds), torch.full([len(numbers)], machine)))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
         finally:
             save()
     say("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
-    letters, logits, seconds = map(torch.cat, zip(*answers))
+    letters, logits, seconds, machines = map(torch.cat, zip(*answers))
+    if (machines != machine).any():
+        say("note", "the teacher's seconds are from a run with another processor or number of threads, those of the student from "
+            f"this one; to compare them, delete {path}")
     order = np.argsort(as_keys(letters), kind="stable")
     soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)).numpy()
 
@@ -1325,6 +1408,12 @@ def check_teacher(rows, names, is_made):
             + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
     elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
         say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
+    confusion = np.bincount(labels * len(names) + answers, minlength=len(names)**2).reshape(len(names), -1)
+    own = confusion.diagonal()
+    exchanged = np.argwhere(np.triu((confusion > own[:, None]) & (confusion.T > own)))
+    for one, other in exchanged[:3]:
+        say("note", f"the teacher answers {names[one]} mostly with {names[other]}, and {names[other]} mostly with {names[one]}: are "
+            "these two labels exchanged?")
 
 # ── Student ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1338,14 +1427,18 @@ INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
 def build_student(teacher):
     """A classifier of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT, whose family it has."""
     source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
-    depth = min(getattr(source.config, name) for name in DEPTHS if hasattr(source.config, name))
     if STUDENT_INIT == "random":
         return cut(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
+    return cut(source, classifier_class(source.config), start_layers(source.config), source.state_dict(), DROPOUT)
+
+def start_layers(config):
+    """The numbers of the layers that the student starts from; a Problem if there are not so many."""
+    depth = min(getattr(config, name) for name in DEPTHS if hasattr(config, name))
     layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
     if min(layers) < 0 or max(layers) >= depth:
         raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
                       f"0 to {depth - 1}.")
-    return cut(source, classifier_class(source.config), layers, source.state_dict(), DROPOUT)
+    return layers
 
 DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
 
@@ -1721,13 +1814,18 @@ A "bert" also loads like any model: `pipeline("text-classification", model="path
 """
 
 def write_report(report, folder):
-    Path(folder, "new.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(folder / "new.json", folder / "report.json")
+    new = Path(folder, "report.json.distill_new")
+    new.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(new, folder / "report.json")
 
 def weights_size(name):
     """Bytes of the weights of the model in a folder or, as far as it was loaded, a hub repository."""
     folder = Path(name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, local_files_only=True))
-    return sum(file.stat().st_size for file in [*folder.glob("model*.safetensors")] or folder.glob("pytorch_model*.bin"))
+    for pattern in r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin":
+        files = [file for file in folder.iterdir() if re.fullmatch(pattern, file.name)]
+        if files:
+            return sum(file.stat().st_size for file in files)
+    return None
 
 def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, splits, history, seconds):
     """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
@@ -1770,7 +1868,11 @@ def clear():
 def rehearse_saving():
     """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""
     output = os.path.realpath(OUTPUT)
+    if left := [path for path in (f"{output}.distill_old", f"{output}.distill_new") if os.path.exists(path)]:
+        raise Problem(f"OUTPUT = {OUTPUT!r}: {left[0]}, left by an earlier run, cannot be deleted. Delete it, or name another.")
     if os.path.exists(output):
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise Problem(f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or name another.")
         with explain(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
                      f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one"):
             os.rename(output, f"{output}.distill_old")
@@ -1791,6 +1893,7 @@ def run():
         say("note", "DATA is still the sample; set it to your teacher's data")
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
+    refuse_early(config, tokenizer)
     collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     data, label2id = load_data(None if recipe else config.label2id)
     data |= more_text(data["train"], tokenizer)
@@ -1805,7 +1908,7 @@ def run():
         lap("making the teacher")
     teacher = load_model(name)
     with explain(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
-        teacher_bytes = weights_size(name)
+        teacher_bytes = weights_size(name) or 4 * teacher.num_parameters()
     labelled = len(data["train"])
     data = add_soft_labels(merge(data), teacher, collate_fn)
     check_teacher(data["train"], list(label2id), bool(recipe))
@@ -1836,9 +1939,7 @@ def run():
     report = save_results(trainer, teacher, name, teacher_bytes, tokenizer, splits, history, seconds)
     print(table(report))
     if EXPORT:
-        report["export"] = export(student, data["test"], collate_fn)
-        report["files"] = sorted({*report["files"], *report["export"]} - {"eager"})
-        write_report(report, Path(OUTPUT))
+        export(student, data["test"], collate_fn, report)
     shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
     say("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
     say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
@@ -1889,6 +1990,8 @@ def main(argv=None):
 def find_teacher():
     """(name, recipe): the teacher's folder or hub name; how to make it if it is not there yet, else None."""
     if os.path.exists(TEACHER):
+        if TEACHER_BASE is not None:
+            say("note", f"{TEACHER} is there and is used as it is; delete it to have it made anew from {TEACHER_BASE}")
         return TEACHER, None
     if TEACHER_BASE is not None:
         say("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
@@ -1932,6 +2035,8 @@ def more_text(rows, tokenizer):
         if not files:
             raise Problem(f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted are "
                           f"{', '.join(kinds)}; .txt has a text a line.")
+        if path.is_dir():
+            tell_unread(UNLABELED, path, files)
         found = [read_file(file, text_columns()) for file in files]
         for file, part in zip(files, found):
             refuse_missing_columns(file, text_columns(), part.column_names)
@@ -1940,6 +2045,8 @@ def more_text(rows, tokenizer):
         whole = [number for number, row in enumerate(found) if all(map(text, row.values()))]
         if len(whole) < len(found):
             say("data", f"{UNLABELED}: {len(found) - len(whole):,} of {len(found):,} rows hold no text and are left out")
+        if not whole:
+            raise Problem(f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None.")
         found = found.select(whole)
         more["unlabeled"] = found.add_column("labels", [NO_LABEL] * len(found))
     if AUGMENT:
@@ -2448,14 +2555,14 @@ def write_graphs(graph, example, folder):
     return {name: load(name) for name in sorted(os.listdir(folder))}
 
 @torch.no_grad()
-def export(student, rows, collate_fn):
-    """Add the exported student to OUTPUT. Returns {"eager" or file name: bytes, accuracy, difference, milliseconds}.
+def export(student, rows, collate_fn, report):
+    """Add the exported student to OUTPUT and, to its report, {"eager" or file name: bytes, accuracy, difference, milliseconds}.
 
     Each file is loaded again and answers `rows`; none is kept unless the graph gives the student's logits, within 1e-4
     (8-bit weights do not: there the accuracy tells). Milliseconds are per batch of 1 and of 32 texts.
     """
     graph, labels, logits, figures = Graph(student).eval(), torch.tensor(rows["labels"][:]), {}, {}
-    with (tempfile.TemporaryDirectory(dir=OUTPUT) as folder, warnings.catch_warnings(action="ignore"),
+    with (new_folder() as folder, warnings.catch_warnings(action="ignore"),
           explain(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None")):
         logging.disable(logging.WARNING)  # of torch.onnx, about packages that are not needed
         example = collate_fn([rows[number % len(rows)] for number in range(8)])
@@ -2479,9 +2586,20 @@ def export(student, rows, collate_fn):
                 "32 texts {milliseconds_32[median]:.2f} ms (p95 {milliseconds_32[p95]:.2f})".format(name, **one))
         if not figures[f"student.{EXPORT}"]["difference"] <= 1e-4:
             raise ValueError("its logits differ from the student's")
+        report["export"], report["files"] = figures, sorted({*report["files"], *os.listdir(folder)})
+        write_report(report, Path(OUTPUT))  # first, so that no file is ever there that the report does not name
         for name in os.listdir(folder):
             os.replace(f"{folder}/{name}", f"{OUTPUT}/{name}")
-    return figures
+
+@contextlib.contextmanager
+def new_folder():
+    """A folder beside OUTPUT, on its disk, for what will be moved there; the next run clears it away if this one is killed."""
+    folder = f"{os.path.realpath(OUTPUT)}.distill_new"
+    os.mkdir(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 # ── Option: from Python ─────────────────────────────────────────────────────────────────────────────────
 
@@ -2512,7 +2630,7 @@ def load_saved(folder):
 def encode_texts(tokenizer, texts):
     """encode() for a text, a list of texts, or a list of pairs; a Problem where one is no text."""
     rows = [[row] if isinstance(row, str) else row for row in ([texts] if isinstance(texts, str) else texts)]
-    if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) for row in rows) or \
+    if not all(isinstance(row, (tuple, list)) and len(row) == len(rows[0]) in (1, 2) for row in rows) or \
             not all(isinstance(one, str) and is_encodable(one) for row in rows for one in row):
         raise Problem("predict takes a list of texts, or of pairs of texts, without half characters (surrogates).")
     return encode(list(zip(*rows)), tokenizer, tokenizer.model_max_length) if rows else {"input_ids": []}
@@ -2531,19 +2649,27 @@ def unknown_parts(tokenizer, text):
 def show_predictions(texts):
     """A label and its probability per line, for each of `texts` or, if there are none, each line of standard input."""
     model, tokenizer = load_saved(OUTPUT)
-    many, told = 1 if sys.stdin.isatty() else 1000, set()  # answer at once who types
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is told, not guessed
+    if not texts and sys.stdin is None:
+        raise Problem("--predict: there are no texts, and no standard input to read them from.")
+    if not texts and isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    many = 1 if not texts and sys.stdin.isatty() else 1000  # answer at once who types
+    count, told = 0, set()
     for lines in [texts] if texts else iter(lambda: list(itertools.islice(sys.stdin, many)), []):
-        rows = [line.rstrip("\n").split("\t") if TEXT_PAIR_COLUMN else line.rstrip("\n") for line in lines]
+        lines = [line.rstrip("\n") for line in lines]
+        whole = list(itertools.takewhile(is_encodable, lines))
+        rows = [line.split("\t") if TEXT_PAIR_COLUMN else line for line in whole]
         encoded = encode_texts(tokenizer, rows)
-        for row, answer, unknown in zip(rows, answers(model, tokenizer, encoded), encoded["unknown"]):
+        for row, answer, unknown in zip(rows, answers(model, tokenizer, encoded), encoded.get("unknown", ())):
             print(f"{answer['label']}\t{answer['score']:.4f}", flush=True)
             if unknown and len(told) < 100:
                 new = set(unknown_parts(tokenizer, " ".join(row) if TEXT_PAIR_COLUMN else row)) - told
                 told |= new
                 if new:
                     print(f"note      the student does not know {', '.join(sorted(new))}", file=sys.stderr, flush=True)
+        count += len(whole)
+        if len(whole) < len(lines):
+            raise Problem(f"--predict: text {count + 1} is not UTF-8. Save the texts as UTF-8.")
 
 TERM = {"teacher": "logits", "student": "logits", "loss": "kl", "weight": 1.0, "temperature": 1.0}
 TERM_LOSSES = {  # name → a function: the student's tensor, the teacher's, temperature → a mean over the batch

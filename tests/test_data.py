@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
 import distill
@@ -121,6 +122,31 @@ def test_read_file_takes_only_the_columns_that_are_needed():
     assert len(read("\n".join(["user_id,text,label", *lines]))) == 12_000
 
 
+@pytest.mark.parametrize("kind, separator, lines", [
+    (".csv", ",", ['"A2,mixed', 'A4",negative']),  # a label that occurs nowhere else, but is one of the teacher's
+    (".csv", ",", ['"A2,positive', "A3,mixed", 'A4",negative']),
+    (".csv", ",", ['"A2,positive ', 'A4",negative']),
+    (".csv", ",", ['"A2,positive', "", 'A4",negative']),
+    (".tsv", "\t", ['"A2\tpositive', "", "", 'A4"\tnegative']),
+])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r\r\n"])
+def test_read_file_tells_rows_inside_quotes_by_the_teachers_labels_and_past_empty_lines(kind, separator, lines, end):
+    Path(distill.CACHE).mkdir(exist_ok=True)
+    content = [f"text{separator}label", f"A0{separator}positive", f"A1{separator}negative", *lines, f"A5{separator}positive"]
+    Path("data" + kind).write_bytes(end.join(content).encode())
+    with pytest.raises(distill.Problem, match="takes the rows below into its text"):
+        distill.read_file(Path("data" + kind), COLUMNS, {"negative", "positive", "mixed"})
+
+
+def test_read_file_refuses_a_header_in_the_middle():
+    assert str(read("text,label\na,0\ntext,label\nb,1\n")).startswith("data.csv, line 3: the header once more")
+
+
+def test_read_file_suspects_the_separator_of_a_header_in_one_piece():
+    for content in "text;label\na;0\n", "text\tlabel\na\t0\n":
+        assert "The fields of a .csv are separated by commas" in str(read(content))
+
+
 # ── JSON ──
 
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), PIECES, st.just("\ud800"))
@@ -176,7 +202,14 @@ def test_read_file_refuses_euc_jp_that_would_pass_for_cp932():
 
 
 def test_read_file_refuses_jis_whose_bytes_pass_for_utf_8():
-    assert "it is JIS (ISO-2022-JP)" in str(read("text\tlabel\n雨\t0\n".encode("iso2022_jp"), "data.tsv"))
+    for text in "雨".encode("iso2022_jp"), b"a,1\n" * 30_000 + "雨".encode("iso2022_jp"), b"\x1b(I12\x1b(B":
+        assert "it is JIS (ISO-2022-JP)" in str(read(b"text,label\n" + text + b",0\n"))
+
+
+def test_read_file_names_what_may_be_another_encoding_and_the_line_of_what_is_none():
+    assert "it may be EUC-JP" in str(read("text,label\nやや良い①㈱,0\n".encode("euc_jis_2004")))
+    assert "it may be UTF-16" in str(read("text,label\n雨,0\n".encode("utf-16-le")))
+    assert "it is neither UTF-8 nor CP932: line 3" in str(read("text,label\n雨が降る,0\n雪".encode("cp932") + b"\x81\n"))
 
 
 @pytest.mark.parametrize("text", ["雨が降る。", "すばらしい映画", "ひどい"])
@@ -208,6 +241,15 @@ def test_a_text_file_is_never_labelled_data(teacher, data, run, fails):
     (data / "._train.csv").write_bytes(b"\0\5\26\7")
     assert "train 48 · val 16 · test 16" in run("--epochs", "1")
     assert "a .txt file has no labels" in fails("--data", "data/test.txt")
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(teacher, data, run):
+    write_csv(data / "train_extra.csv", rows("train", 3))
+    (data / "sub").mkdir()
+    Path("more/sub").mkdir(parents=True)
+    Path("more/a.txt").write_text("雨が降る\n", "utf-8")
+    printed = run("--unlabeled", "more", "--epochs", "1")
+    assert "data: sub, train_extra.csv are not read" in printed and "more: sub is not read" in printed
 
 
 def test_a_data_set_with_two_names_for_one_split_and_one_beside_files_are_refused(teacher, fails):
@@ -284,8 +326,57 @@ def test_class_labels_that_the_splits_number_differently_are_refused_where_the_n
     saved.save_to_disk("saved")
     distill.DATA = "saved"
     assert distill.load_data({"bad": 0, "good": 1})[0]["test"]["labels"][:] == [1, 0]
-    with pytest.raises(distill.Problem, match="number their class labels differently"):
+    with pytest.raises(distill.Problem, match="the class label 0 of test is named 'good', but the teacher's output 0 'LABEL_0'"):
         distill.load_data({"LABEL_0": 0, "LABEL_1": 1})
+
+
+@pytest.mark.parametrize("own, names, said", [
+    (["neg", "pos"], ["LABEL_0", "LABEL_1"], "neg is LABEL_0, pos is LABEL_1"),
+    (["ネガティブ", "ポジティブ"], ["negative", "positive"], "ネガティブ is negative"),
+    (["Positive", "Negative"], ["negative", "positive"], None),  # known, but for the case: their numbers would turn them round
+    (["joy", "anger", "sad"], ["anger", "joy", "sadness"], None),
+])
+def test_class_labels_of_other_names_are_taken_by_number_and_told_or_refused(capsys, own, names, said):
+    Path(distill.CACHE).mkdir(exist_ok=True)
+    one = datasets.Dataset.from_dict({"text": list("雨雪風")[:len(own)], "label": range(len(own))}).cast_column("label", datasets.ClassLabel(names=own))
+    datasets.DatasetDict(train=one, val=one, test=one).save_to_disk("saved")
+    distill.DATA = "saved"
+    if said:
+        assert distill.load_data({name: number for number, name in enumerate(names)})[0]["train"]["labels"][:] == list(range(len(own)))
+        assert f"are taken by their numbers: {said}" in capsys.readouterr().out
+    else:
+        with pytest.raises(distill.Problem, match=f"the class label . of train is named '{own[0]}'"):
+            distill.load_data({name: number for number, name in enumerate(names)})
+
+
+def test_a_class_label_and_a_plain_number_do_not_mix_where_the_names_object():
+    Path(distill.CACHE).mkdir(exist_ok=True)
+    plain = datasets.Dataset.from_dict({"text": ["雨", "雪"], "label": [0, 1]})
+    named = plain.cast_column("label", datasets.ClassLabel(names=["positive", "negative"]))
+    datasets.DatasetDict(train=named, val=plain, test=plain).save_to_disk("saved")
+    distill.DATA = "saved"
+    with pytest.raises(distill.Problem, match="the class label 0 of train is named 'positive'"):
+        distill.load_data({"negative": 0, "positive": 1})
+
+
+def test_labels_of_a_new_teacher_that_look_alike_are_refused():
+    for one, other in ("positive", "positive "), ("Good", "good"), ("１", "1"):
+        assert "look like one label. Write them alike" in labels_of(None, train=[one, other, "x"])
+    assert labels_of(None, train=["none", "some"])["names"] == ["none", "some"]
+
+
+@pytest.mark.parametrize("format", [None, "numpy", "torch", "pandas", "arrow"])
+def test_the_format_of_a_saved_data_set_makes_no_difference(teacher, run, format):
+    """Its numbers come as arrays, of which Python shows only the ends: other labels in the middle would not be noticed."""
+    Path("saved").mkdir()
+    for flipped in False, True:
+        table = rows("train", 2500)
+        table[500:2400] = [(text, {"negative": "positive", "positive": "negative"}[label] if flipped else label) for text, label in table[500:2400]]
+        one = datasets.Dataset.from_dict({"text": [text for text, _ in table], "label": [label for _, label in table]})
+        one.set_format(format, columns=["label"] if format == "torch" else None)
+        datasets.DatasetDict(train=one, val=one.select(range(9)), test=one.select(range(9))).save_to_disk("saved")
+        printed = run("--data", "saved", "--epochs", "1", "--batch-size", "500")
+        assert ("settings or data differ" in printed) == flipped
 
 
 # ── The net: what is said where the data hardly fit the teacher ──
@@ -330,6 +421,23 @@ def test_a_teacher_with_one_answer_is_told(teacher, data, run, monkeypatch):
     assert "the teacher answers all texts of train with positive" in notes(run("--epochs", "2"))
 
 
+def test_labels_that_seem_exchanged_are_told(data, run, monkeypatch):
+    """Of a teacher that is right on most: neutral texts are the most, and only positive and negative are exchanged."""
+    save_model("finetuned_bert_japanese", labels=("negative", "positive", "neutral"))
+    rows_of = {split: [(text, label if number % 3 == 0 else "neutral") for number, (text, label) in enumerate(rows(split, 48))] for split in distill.SPLITS}
+    for split, table in rows_of.items():
+        write_csv(data / f"{split}.csv", table)
+
+    def add(data, teacher, collate_fn):
+        wrong = np.array([1, 0, 2])
+        return {split: table.add_column("soft_labels", list(np.eye(3)[wrong[table["labels"][:]]] * 0.8 + 0.1)).add_column(
+            "teacher_seconds", np.ones(len(table))) for split, table in data.items()}
+    monkeypatch.setattr(distill, "add_soft_labels", add)
+    found = notes(run("--epochs", "2"))
+    assert "answers negative mostly with positive, and positive mostly with negative: are these two labels exchanged?" in found
+    assert found.count("exchanged?") == 1 and "is right on" not in found
+
+
 def test_a_label_that_no_text_has_and_data_of_one_label_are_told(data, run):
     save_model("finetuned_bert_japanese", labels=("negative", "positive", "neutral"))
     assert "no text of train has the label neutral" in notes(run("--epochs", "2"))
@@ -348,6 +456,13 @@ def test_a_warm_up_that_outlasts_training_is_told(teacher, data, run):
     assert "all 3 epochs have 18 steps" in notes(run("--warmup-steps", "18")) and "WARMUP" not in notes(run("--warmup-steps", "17"))
 
 
+def test_seconds_of_another_machine_are_told(teacher, data, run, monkeypatch):
+    assert notes(run("--epochs", "2")).count("another processor") == 0
+    assert notes(run("--epochs", "2")).count("another processor") == 0
+    monkeypatch.setattr(distill, "hardware", lambda: "an abacus, 2 threads")
+    assert "the teacher's seconds are from a run with another processor or number of threads" in notes(run("--epochs", "2"))
+
+
 # ── Texts without labels ──
 
 
@@ -361,3 +476,13 @@ def test_unlabeled_leaves_out_dot_files_and_compares_endings_without_case(teache
     write_csv(Path("more/c.csv"), [(text,) for text in [*texts[8:], " "]], ["text"])
     printed = run("--unlabeled", "more", "--epochs", "2")
     assert "train: 48 + 12 unlabeled" in printed and "more: 1 of 13 rows hold no text and are left out" in printed
+
+
+def test_unlabeled_without_a_text_is_refused(teacher, data, fails):
+    Path("empty.txt").write_text("\n \n", "utf-8")
+    assert "UNLABELED = 'empty.txt': holds no text, only empty lines" in fails("--unlabeled", "empty.txt")
+
+
+def test_unlabeled_csv_may_hold_texts_over_several_lines(teacher, data, run):
+    write_csv("mail.csv", [["御中\nいつも、ありがとう, です\n敬具, 私", "1"], ["雨", "2"]], ["text", "id"])
+    assert "train: 48 + 2 unlabeled" in run("--unlabeled", "mail.csv", "--epochs", "1")

@@ -1,6 +1,7 @@
 """Paths as people write them, folders that are not to be replaced, and what is said of a disk."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,36 @@ def test_an_output_that_cannot_be_renamed_is_refused_before_any_work(teacher, da
     assert "teacher " not in capsys.readouterr().out and MODEL.read_bytes() == before
 
 
+def test_an_output_whose_files_cannot_be_deleted_is_refused_before_any_work(teacher, data, run, fails, monkeypatch):
+    run("--epochs", "1")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("distilled_model") and access(path, mode))
+    assert "OUTPUT = './distilled_model': is write-protected" in fails("--seed", "7")
+    monkeypatch.setattr(os, "access", access)
+    Path("distilled_model.distill_old").mkdir()
+    rmtree = distill.shutil.rmtree
+    monkeypatch.setattr(distill.shutil, "rmtree", lambda path, *more, **options: "distilled_model" in str(path) or rmtree(path, *more, **options))
+    assert "distilled_model.distill_old, left by an earlier run, cannot be deleted" in fails("--seed", "7")
+
+
+def test_a_kill_during_export_leaves_nothing_in_the_way(teacher, data, run, monkeypatch):
+    def killed(graph, example, folder):
+        Path(folder, "student.pt2").write_text("half")
+        raise SystemExit("killed")
+    for moment in "writing", "moving":
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+            if moment == "writing":
+                patch.setattr(distill, "write_graphs", killed)
+                patch.setattr(distill.shutil, "rmtree", lambda *given, **more: None)  # a kill clears nothing away
+            else:
+                patch.setattr(os, "replace", lambda source, target, replace=os.replace: exit("killed") if str(target).endswith(
+                    "pt2") else replace(source, target))
+            run("--epochs", "1", "--export", "pt2")
+        run("--epochs", "1", "--export", "pt2", "--output", str(Path("distilled_model").absolute()))
+        assert sorted(json.loads(Path("distilled_model/report.json").read_text())["files"]) == sorted(os.listdir("distilled_model"))
+        assert "student.pt2" in os.listdir("distilled_model") and not Path("distilled_model.distill_new").exists()
+
+
 @pytest.mark.parametrize("output, name", [
     (".", "the working folder"), ("..", "the working folder"), ("holder", "TEACHER"), ("holder/data", "DATA"), ("holder/cache", "CACHE"),
     ("holder/more", "UNLABELED"), (str(ROOT), "distill.py")])
@@ -90,9 +121,16 @@ def test_an_output_with_files_of_the_users_own_is_left_alone(teacher, data, run,
     run("--epochs", "1")
     Path("distilled_model/.DS_Store").write_text("x")
     run("--epochs", "1", "--seed", "7")
-    Path("distilled_model/notes.md").write_text("which seed was best?")
-    assert "holds notes.md, not written by distill.py, and is replaced as a whole" in fails()
-    Path("distilled_model/notes.md").unlink()
+    report = json.loads(Path("distilled_model/report.json").read_text("utf-8"))
+    for without_files in False, True:  # as earlier versions wrote it
+        if without_files:
+            del report["files"]
+            Path("distilled_model/report.json").write_text(json.dumps(report), "utf-8")
+        for name in "notes.md", ".git", "results.xlsx":
+            Path("distilled_model", name).write_text("which seed was best?")
+            assert f"holds {name}, not written by distill.py, and is replaced as a whole" in fails()
+            Path("distilled_model", name).unlink()
+    run("--epochs", "1", "--seed", "7")
     for content in "[]", "{}", "3", "no JSON", '{"student": {}, "files": 3}':  # somebody's report.json
         Path("distilled_model/report.json").write_text(content)
         assert "was not written by distill.py and is not overwritten" in fails()
@@ -125,9 +163,37 @@ def test_a_tokenizer_that_cannot_be_saved_is_found_out_before_training(teacher, 
     assert "epoch" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options, message", [
+    (["--num-layers", "7"], "the teacher has layers 0 to 2"), (["--report-to", "nosuch"], "REPORT_TO = 'nosuch'"),
+    (["--student-init", "broken"], "STUDENT_INIT = 'broken': its weights cannot be loaded"),
+    (["--student-init", "other"], "is of the family 'roberta'"),
+    (["--method", "mate", "--generator", "broken"], "GENERATOR = 'broken'"),
+])
+def test_what_is_wrong_with_other_models_is_told_before_the_teachers_pass(teacher, data, fails, capsys, options, message):
+    save_model("broken")
+    Path("broken/model.safetensors").write_bytes(b"no weights")
+    save_model("other")
+    Path("other/config.json").write_text(Path("other/config.json").read_text().replace('"bert"', '"roberta"'))
+    assert message in fails(*options)
+    assert "labelled" not in capsys.readouterr().out
+
+
+def test_one_run_at_a_time_makes_a_teacher(data, fails):
+    save_model("base")
+    with distill.filelock.FileLock("made.distill_lock"):
+        assert "TEACHER = 'made': another run is using it" in fails("--teacher", "made", "--teacher-base", "base")
+
+
+def test_a_teacher_that_is_there_is_told_where_another_could_be_made(teacher, data, run):
+    save_model("base")
+    printed = run("--teacher-base", "base", "--epochs", "1")
+    assert "./finetuned_bert_japanese is there and is used as it is; delete it to have it made anew from base" in printed
+
+
 def test_columns_must_differ(teacher, data, fails):
     assert "must be different columns" in fails("--text-pair-column", "text")
     assert "must be different columns" in fails("--label-column", "text")
+    assert "must not be 'labels'" in fails("--text-column", "labels")
 
 
 # ── A teacher that the user names is never replaced ──

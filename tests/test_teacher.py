@@ -2,9 +2,14 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import distill
 from conftest import ROOT, SAMPLE, report, rows, save_model, write_csv
@@ -106,6 +111,28 @@ def test_a_folder_that_does_not_name_its_dictionary_is_told_if_the_default_has_c
     assert ("does not name its mecab_dic" in found) == bool(told) and told in found
 
 
+def test_a_tokenizer_of_special_tokens_alone_is_refused(teacher, data, fails):
+    (teacher / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    assert "its vocabulary holds nothing but special tokens" in fails()
+
+
+# ── Weights that the configuration does not know ──
+
+
+def test_layers_that_the_configuration_does_not_know_are_refused(teacher, data, fails):
+    edit(teacher / "config.json", num_hidden_layers=2)
+    assert "its file holds layers, or parts of layers, that its config.json does not know (bert.encoder.layer.2." in fails()
+
+
+def test_other_weights_that_are_not_used_are_told(teacher, data, run):
+    weights = load_file(teacher / "model.safetensors")
+    save_file(weights | {"cls.predictions.bias": torch.zeros(3), "bert.embeddings.position_ids": torch.arange(4)}, teacher / "model.safetensors",
+              {"format": "pt"})
+    shutil.copy(teacher / "model.safetensors", teacher / "model.backup.safetensors")
+    assert "holds weights that a BertForSequenceClassification does not use: cls.predictions.bias" in notes(run("--epochs", "1"))
+    assert report()["teacher"]["bytes"] == Path(teacher, "model.safetensors").stat().st_size
+
+
 # ── A word that the student does not know ──
 
 
@@ -124,3 +151,13 @@ def test_the_readmes_examples_hold_no_word_that_the_sample_student_does_not_know
     assert len(texts) >= 6
     for text in texts:
         assert distill.unknown_parts(tokenizer, text) == [], text
+
+
+def test_predict_takes_texts_and_pairs_alone_and_needs_no_standard_input(teacher):
+    for rows in [["a", "b", "c"]], [[]], [["a"], ["a", "b"]], [3]:
+        with pytest.raises(distill.Problem, match="a list of texts, or of pairs"):
+            distill.load_student(teacher)(rows)
+    for more, told in (["良い"], None), ([], b"no standard input to read them from"):
+        command = f"{sys.executable} {ROOT / 'distill.py'} --output {teacher} --predict {' '.join(more)} <&-"
+        done = subprocess.run(["bash", "-c", command], capture_output=True)
+        assert done.returncode == (1 if told else 0) and (told or b"") in done.stderr and b"Traceback" not in done.stderr
