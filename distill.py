@@ -1618,8 +1618,8 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
             contextlib.nullcontext():
         steps = epochs * len(trainer.get_train_dataloader())
         if steps <= WARMUP_STEPS:
-            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}: all {epochs} epochs have {steps} steps, so that the learning rate is never "
-                "reached; lower it, or BATCH_SIZE")
+            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {steps} steps at most: the learning rate is never reached. "
+                "Lower it, or BATCH_SIZE")
         trainer.create_optimizer_and_scheduler(num_training_steps=steps)
         parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
         now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
