@@ -1864,6 +1864,8 @@ def clear():
         if left.is_file():
             left.unlink()
     tidy(OUTPUT)
+    if os.path.exists(TEACHER):  # it is made, and needs no lock any more
+        Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
 
 def rehearse_saving():
     """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""

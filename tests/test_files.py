@@ -184,6 +184,14 @@ def test_one_run_at_a_time_makes_a_teacher(data, fails):
         assert "TEACHER = 'made': another run is using it" in fails("--teacher", "made", "--teacher-base", "base")
 
 
+def test_the_lock_of_a_run_that_was_killed_while_it_made_a_teacher_is_cleared_away(data, run):
+    save_model("base")
+    for made in False, True:
+        Path("made.distill_lock").touch()
+        run("--teacher", "made", "--teacher-base", "base", "--teacher-epochs", "1", "--epochs", "1")
+        assert Path("made").is_dir() and not Path("made.distill_lock").exists()
+
+
 def test_a_teacher_that_is_there_is_told_where_another_could_be_made(teacher, data, run):
     save_model("base")
     printed = run("--teacher-base", "base", "--epochs", "1")
