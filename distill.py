@@ -293,16 +293,17 @@ def folder_faults():
     return faults
 
 OUTPUT_FILES = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|student.*\.(pt2|onnx)|.*(token|vocab).*\.(json|txt|model)|"
-                          r"(config|report)\.json|merges\.txt|.*\.model|README\.md|history\.csv|loss\.png|.*\.distill_new")
+                          r"(config|report)\.json|merges\.txt|.*\.model|README\.md|history\.csv|loss\.png")
 
 def foreign_files(output):
     """Why OUTPUT, which is replaced as a whole, is left alone: a list of one text; empty if all in it is distill.py's."""
     try:
         names = {path.name for path in output.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")}
         report = json.loads((output / "report.json").read_text("utf-8")) if names else {"student": {}}
-        written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))  # not named by earlier versions
+        if "student" not in report:
+            raise LookupError
+        written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))  # earlier versions did not name them
         foreign = sorted(name for name in names - written if not name.endswith(".distill_new"))
-        report["student"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return ["was not written by distill.py and is not overwritten; name another"]
     return [f"holds {short_list(foreign)}, not written by distill.py, and is replaced as a whole; move this first, or name "
@@ -480,10 +481,9 @@ def column(rows, name, kind=None):
 def read_file(path, columns, known_labels=frozenset()):
     """These columns of one file as a Dataset of texts, just as they stand in the file; its rows stay on disk.
 
-    known_labels: the teacher's names, if there is a teacher; they help to tell rows from lines of a text.
-
     UTF-8 with or without BOM, UTF-16 with one, or CP932 (Japanese Excel). Where it is not certain what the rows and
-    fields of a file are, a Problem names the line.
+    fields of a file are, a Problem names the line. known_labels: label names of the teacher, by which a row is told from
+    a line of a text.
     """
     kind = path.suffix.lower()
     with explain(f"{path}: cannot be read", f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, "
@@ -759,10 +759,14 @@ def without_zero(label):
 def label_lookup(names):
     """A function: a label as it is written → its place in `names`, None if it is not there.
 
-    It is looked up just as it is written; then, 1 and 1.0 being one number, by its value.
+    It is looked up just as it is written; then by its value: 1 and 1.0 are one number, and 1 is True where the names are
+    True and False.
     """
     exact = {name: number for number, name in enumerate(names)}
     by_value = {without_zero(name): number for number, name in enumerate(names)}
+    truth = {name.casefold(): number for number, name in enumerate(names)}
+    if truth.keys() == {"true", "false"}:
+        by_value |= {"1": truth["true"], "0": truth["false"]}
     return lambda label: exact.get(label, by_value.get(without_zero(label)))
 
 def new_label_names(splits):
@@ -1408,6 +1412,8 @@ def check_teacher(rows, names, is_made):
             + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
     elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
         say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
+    if len(names) > 1000:  # too large a table for too little
+        return
     confusion = np.bincount(labels * len(names) + answers, minlength=len(names)**2).reshape(len(names), -1)
     own = confusion.diagonal()
     exchanged = np.argwhere(np.triu((confusion > own[:, None]) & (confusion.T > own)))

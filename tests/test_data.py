@@ -293,6 +293,8 @@ def labels_of(names, **splits):
     (["v1.0", "v2.0"], ["v2.0", "v1.0"], [1, 0]),
     (["01", "1"], ["01", "1"], [0, 1]),
     (["False", "True"], ["True", "False"], [1, 0]),
+    (["True", "False"], ["1", "0"], [0, 1]),  # 1 is True, whichever output that is
+    (["true", "false"], ["1.0", "0.0"], [0, 1]),
 ])
 def test_labels_are_names_first_and_else_numbers(names, written, expected):
     assert labels_of(names, train=written)["train"] == expected
