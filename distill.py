@@ -106,353 +106,685 @@ BILSTM_EMBEDDING = 300  # size of a word's vector
 BILSTM_HIDDEN = 300  # size of the LSTM's state, in each direction
 BILSTM_LEARNING_RATE = 1e-3  # instead of LEARNING_RATE
 
-# ── Settings: checks and command line ───────────────────────────────────────────────────────────────────
+# ── The run ───────────────────────────────────────────────────────────────────────────────────────────
 
-class Problem(Exception):
-    """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
+def run():
+    """The whole run, as the settings say. Returns the report; None in other processes than the first."""
+    seconds, laps = {}, [time.perf_counter()]
+    lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
+    from_main(clear)
+    from_main(rehearse_saving)
+    if processes() > 1:
+        say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
+    elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        say("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
+    name, recipe = find_teacher()
+    if DATA == "tests/sample" and name == TEACHER:
+        say("note", "DATA is still the sample; set it to your teacher's data")
+    config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
+    tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
+    refuse_early(config, tokenizer)
+    collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
+    data, label2id = load_data(None if recipe else config.label2id)
+    data |= more_text(data["train"], tokenizer)
+    student_tokenizer = load_student_tokenizer(tokenizer, data)
+    with explain("the student's tokenizer cannot be saved", "Save it anew with a current transformers, and name it in TOKENIZER"):
+        student_tokenizer.save_pretrained(scratch() / "tokenizer")  # rather than find out after training
+    data = tokenize(data, tokenizer, student_tokenizer)
+    lap("data")
 
-def text(value):
-    """Is it a text: neither empty nor with half a character?"""
-    return isinstance(value, str) and value.strip() != "" and is_encodable(value)
+    if recipe:
+        make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
+        lap("making the teacher")
+    teacher = load_model(name)
+    with explain(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
+        teacher_bytes = weights_size(name) or 4 * teacher.num_parameters()
+    labelled = len(data["train"])
+    data = add_soft_labels(merge(data), teacher, collate_fn)
+    check_teacher(data["train"], list(label2id), bool(recipe))
+    lap("soft labels")
 
-def is_encodable(value):
-    """Whether UTF-8 can hold a text: it has no half character (a lone surrogate)."""
-    return re.search("[\ud800-\udfff]", value) is None
+    student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
+    if REFIT_WORDS and (STUDENT, STUDENT_INIT, teacher.config.model_type) == ("bert", "teacher", "bert"):
+        refit_words(student, teacher, tokenizer, data["train"], collate_fn)
+    if student_tokenizer is not tokenizer:
+        tokenizer, data = student_tokenizer, {split: with_student_ids(rows) for split, rows in data.items()}
+        collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
+    print(student)
+    say("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
+        f"{teacher.num_parameters():,}")
+    learning_rate = LEARNING_RATE if STUDENT == "bert" else BILSTM_LEARNING_RATE
+    trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE, METHODS[METHOD])
+    if METHOD in TERMS:
+        trainer.prepare(teacher, tokenizer)
+        lap("preparing the method")
+    history = train(trainer, Path(CACHE, "checkpoint.pt"))
+    lap("training")
+    if rank():  # the first evaluates and saves
+        return None
 
-def a_name(value):
-    return text(value) and "\0" not in value
+    data["train"] = data["train"].select(range(labelled))
+    splits = evaluate(trainer, data)
+    lap("evaluation")
+    report = save_results(trainer, teacher, name, teacher_bytes, tokenizer, splits, history, seconds)
+    print(table(report))
+    if EXPORT:
+        export(student, data["test"], collate_fn, report)
+    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
+    say("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
+    return report
 
-def number(low, high=sys.float_info.max, kinds=(int, float)):
-    """A test: is a value a number of these kinds, low <= value <= high? NaN and infinity are not."""
-    return lambda value: type(value) in kinds and low <= value <= high
+# ── Teacher: soft labels ──────────────────────────────────────────────────────────────────────────────
 
-def choice(*values):
-    return " or ".join(f'"{value}"' if value else "None" for value in values), values.__contains__
+def add_soft_labels(data, teacher, collate_fn):
+    """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for TERMS.
 
-def weights(count):  # with neither CE nor KL there would be no validation loss
-    return f"{count} numbers from 0, the first or the second above 0", lambda value: (
-        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
+    The logits are kept in CACHE under the teacher's weights and the token ids (that is, under text, tokenizer
+    and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
+    pass in which the teacher saw the sentences, each with its share of its batch.
+    """
+    path, rows = Path(CACHE, f"logits-{digest(teacher)}.pt"), datasets.concatenate_datasets(list(data.values()))
+    as_keys = lambda letters: letters.numpy().view("S24")[:, 0]  # keys are kept as (n, 24) letters
+    machine = zlib.crc32(hardware().encode())  # seconds are worth something on one machine only
+    no_answers = (torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0),
+                  torch.empty(0, dtype=torch.int64))
+    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds, machine
+    save = lambda: rank() == 0 and save_whole(path, [torch.cat(part) for part in zip(*answers)])
+    keys = column(rows, "key", "S24")
+    different, first = np.unique(keys, return_index=True)
+    if len(new := np.sort(first[~np.isin(different, as_keys(answers[0][0]))])):
+        loader, saved = inference_loader(rows.select(new), collate_fn, take=own), time.monotonic()
+        next(predict(teacher, loader), None)  # warm-up
+        mine = ((numbers, logits, seconds / len(numbers))
+                for numbers, (_, logits, seconds) in zip(loader.batch_sampler, predict(teacher, loader)))
+        try:
+            for _ in progress(range(from_main(lambda: len(loader))), desc="teacher"):
+                for numbers, logits, seconds in filter(None, from_all(next(mine, None))):
+                    letters = torch.from_numpy(keys[new[numbers]].view(np.uint8).reshape(-1, 24))
+                    answers.append((letters, logits, torch.full([len(numbers)], seconds), torch.full([len(numbers)], machine)))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
+    say("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
+    letters, logits, seconds, machines = map(torch.cat, zip(*answers))
+    if (machines != machine).any():
+        say("note", "the teacher's seconds are from a run with another processor or number of threads, those of the student from "
+            f"this one; to compare them, delete {path}")
+    order = np.argsort(as_keys(letters), kind="stable")
+    soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)).numpy()
 
-ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
-    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", a_name),
-    ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
-     lambda value: value is None or a_name(value)),
-    ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
-     number(1, kinds=[int])),
-    ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
-    ("BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION", "a whole number from 1 to 10000", number(1, 10_000, [int])),
-    ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
-     "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
-    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
-    ("AUGMENT REFIT_WORDS", "a whole number from 0", number(0, kinds=[int])),
-    ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
-    ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
-    ("DROPOUT", "a number from 0, below 1, or None", lambda value: value is None or number(0, 0.999)(value)),
-    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", number(0, 1)),
-    ("TRAIN_FRACTION", "a number above 0, at most 1", number(sys.float_info.min, 1)),
-    ("METHOD", *choice("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
-    ("GENERATOR_WEIGHTS", *weights(2)),
-    ("RAIL_WEIGHTS MATE_WEIGHTS", *weights(3)),
-    ("CILDA_WEIGHTS", *weights(4)),
-    ("MINILD_WEIGHTS", *weights(6)),
-    ("STUDENT", *choice("bert", "bilstm")),
-    ("LOGIT_LOSS", *choice("kl", "mse")),
-    ("SCHEDULE", *choice("linear", "constant")),
-    ("BILSTM_WORDS", *choice("own", "teacher")),
-    ("EXPORT", *choice(None, "pt2", "onnx")),
-    ("QUANTIZE", *choice(None, "int8")),
-    ("INIT_LAYERS", '"first", "middle", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', lambda value: (
-        value in INIT if isinstance(value, str) else isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS
-        and all(map(number(0, kinds=[int]), value)))),
-] for name in names.split()}
+    def add(batch):
+        at = order[np.searchsorted(as_keys(letters), np.array(batch["key"], "S24"), sorter=order)]
+        return {"soft_labels": soft_labels[at], "teacher_seconds": seconds.numpy()[at]}
 
-@contextlib.contextmanager
-def explain(what, advice):
-    """Turn whatever a library raises inside the block into a Problem: what failed, why, and what to do."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, Problem):
-            raise
-        if problem := full_disk(error):
-            raise problem from error
-        reason = str(error.__cause__ or error).strip() or type(error).__name__
-        raise Problem(f"{what}: {reason.splitlines()[0].rstrip('.:')}. {advice}.") from error
+    return {split: map_rows(rows, add) for split, rows in data.items()}
 
-def full_disk(error):
-    """A Problem if an error, or one that led to it, is the system's for a disk, quota or file that cannot grow; else None."""
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        found = re.search("No space left on device|File too large|quota exceeded", str(error), re.IGNORECASE)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or found:  # safetensors and pyarrow only tell it in words
-            reason = os.strerror(number) if number else found[0]
-            return Problem(f"{reason}. What was saved before is still there. Make room, or name another CACHE and OUTPUT; the "
-                           "same command goes on from here.")
-        error = error.__cause__ or error.__context__
+def soft_temperature():
+    return 1 if METHOD in TERMS else TEMPERATURE
+
+@torch.inference_mode()
+def predict(model, loader):
+    """Run `model` over `loader`; yields (batch, logits (batch, classes), seconds of the forward pass)."""
+    model.eval()
+    for batch in loader:
+        start = time.perf_counter()
+        logits = model(**inputs_of(batch)).logits
+        yield batch, logits, time.perf_counter() - start
+
+# ── Student ───────────────────────────────────────────────────────────────────────────────────────────
+
+def build_student(teacher):
+    """A classifier of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT, whose family it has."""
+    source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
+    if STUDENT_INIT == "random":
+        return cut(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
+    return cut(source, classifier_class(source.config), start_layers(source.config), source.state_dict(), DROPOUT)
+
+INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
+    "first": lambda n, depth: range(n),
+    "middle": lambda n, depth: range((depth - n + 1) // 2, (depth - n + 1) // 2 + n),
+    "last": lambda n, depth: range(depth - n, depth),
+    "spread": lambda n, depth: [round(i * (depth - 1) / max(n - 1, 1)) for i in range(n)],
+}
+
+def start_layers(config):
+    """The numbers of the layers that the student starts from; a Problem if there are not so many."""
+    depth = min(getattr(config, name) for name in DEPTHS if hasattr(config, name))
+    layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
+    if min(layers) < 0 or max(layers) >= depth:
+        raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
+                      f"0 to {depth - 1}.")
+    return layers
+
+DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
+
+def cut(source, kind, layers, weights, dropout=None):
+    """A `kind` like `source`, with these of its layers. Of `weights` it takes all that it has; the rest starts random."""
+    config = copy.deepcopy(source.config)
+    for name in DEPTHS:
+        if hasattr(config, name):
+            setattr(config, name, len(layers))
+    if getattr(config, "layer_types", None):  # ModernBERT's layers look near or far
+        config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in layers]
+    stock = {name: value for name, value in config.to_dict().items() if "dropout" in name and dropout is not None}
+    config.update(dict.fromkeys(stock, dropout))  # families name theirs differently
+    transformers.set_seed(SEED)
+    model = kind(config).to("cpu")
+    model.config.update(stock)  # who trains the student on finds what the source had
+    there = {name: re.sub(r"(?<=layer\.)\d+|(?<=layers\.)\d+", lambda number: str(layers[int(number[0])]), name)
+             for name in model.state_dict()}
+    model.load_state_dict({name: weights[other] for name, other in there.items() if other in weights}, strict=False)
+    return model
+
+# ── Loss and trainer ──────────────────────────────────────────────────────────────────────────────────
+
+def distillation_loss(logits, hard_labels, soft_labels=None):
+    """ALPHA * KL + (1 - ALPHA) * CE, a mean over the batch (Hinton et al. 2015, arXiv:1503.02531).
+
+    logits: the student's, (batch, classes). hard_labels: (batch,), NO_LABEL where there is none: for these texts
+    the loss is KL alone. soft_labels: the teacher's softmax(z_T / T), (batch, classes); without them the loss is CE
+    alone. T² keeps the gradients of the KL as large as those of the CE whatever T is; the sum over classes, unlike
+    a mean, does not shrink it with their number. LOGIT_LOSS = "mse": soft_labels are z_T, and the mean of
+    (z_S - z_T)² stands in place of KL (Tang et al. 2019, arXiv:1903.12136).
+    """
+    cross_entropy = F.cross_entropy(logits, hard_labels, ignore_index=NO_LABEL, reduction="none")
+    if soft_labels is None:
+        return cross_entropy.mean()
+    if LOGIT_LOSS == "mse":
+        soft = F.mse_loss(logits, soft_labels, reduction="none").mean(-1)
+    else:
+        soft = F.kl_div(F.log_softmax(logits / TEMPERATURE, -1), soft_labels, reduction="none").sum(-1) * TEMPERATURE**2
+    alpha = torch.where(hard_labels == NO_LABEL, 1, ALPHA)
+    return (alpha * soft + (1 - alpha) * cross_entropy).mean()
+
+class CustomTrainer(Trainer):
+    """A Trainer with the distillation loss, whose loaders keep soft_labels (the stock ones drop them)."""
+
+    generator, beside = None, {}  # of other methods: what else is trained, {name: module or optimizer}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs_of(inputs))
+        loss = distillation_loss(outputs.logits, inputs["labels"], inputs.get("soft_labels"))
+        return (loss, outputs) if return_outputs else loss
+
+    def get_train_dataloader(self):
+        """Batches of like length, in an order that SEED and state.epoch decide; each process has a part of each."""
+        lengths, seed = column(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
+        order, size = shuffled(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
+        batches = [order[start:start + size] for start in range(0, len(order), size)]
+        return DataLoader(self.train_dataset, collate_fn=self.data_collator,
+                          batch_sampler=[own(batch) if len(own(batch)) else batch[:1] for batch in batches])
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Of the batches each process has every n-th."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return inference_loader(rows, self.data_collator, take=own)
+
+    def get_test_dataloader(self, test_dataset):
+        return inference_loader(test_dataset, self.data_collator)
+
+def make_trainer(model, data, collate_fn, epochs, learning_rate, patience, kind=CustomTrainer):
+    """A trainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
+    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
+        args = TrainingArguments(
+            output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
+            lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM, per_device_train_batch_size=BATCH_SIZE,
+            eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+            metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
+            dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True, log_level="error")
+        trainer = kind(model=model, args=args, data_collator=collate_fn, train_dataset=data["train"],
+                       eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(patience)])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────────
+
+def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
+    """The epoch loop: returns the history, a dict per epoch, and leaves the best epoch's weights in trainer.model.
+
+    The file `checkpoint` holds after each epoch what is needed to go on. Random numbers are drawn anew from SEED
+    in each epoch, so that a run which was stopped ends bit for bit like one which was not. Ctrl-C ends training
+    in good order, with the best epoch so far; it is passed on if there is none, or without use_what_is_there.
+    """
+    model, args, callbacks = trainer.model, trainer.args, trainer.callback_handler
+    epochs = int(args.num_train_epochs)
+    settings = {name: globals()[name] for name in ACCEPTED
+                if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
+    data = (batch for rows in (trainer.train_dataset, trainer.eval_dataset)
+            for batch in in_parts(rows, *sorted({*rows.column_names} - {"teacher_seconds", "teacher_layers"})))
+    run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model,
+                      torch.__version__, data)
+    if len({*from_all(run_name)}) > 1:
+        raise Problem("the processes have different settings, data or teachers. Give all the same.")
+    ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
+    with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
+            contextlib.nullcontext():
+        steps = epochs * len(trainer.get_train_dataloader())
+        if steps <= WARMUP_STEPS:
+            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {steps} steps at most: the learning rate is never reached. "
+                "Lower it, or BATCH_SIZE")
+        trainer.create_optimizer_and_scheduler(num_training_steps=steps)
+        parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
+        now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
+        if now["run"] != run_name:
+            say("training", "settings or data differ from those of the last checkpoint: training starts anew")
+            now = {"run": run_name, "history": []}
+        if now["history"]:
+            say("training", f"goes on after epoch {len(now['history'])}")
+            for name, part in parts.items():
+                part.load_state_dict(now[name])
+        if processes() > 1:  # gradients become the mean over all; of a fast last layer, some parameters need none
+            trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            trainer.model_wrapped = trainer.accelerator.prepare(model)
+        trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
+        print(" epoch   train loss     val loss   val accuracy         rate   seconds")
+        for row in now["history"]:
+            judge(trainer, row)
+        try:
+            while len(now["history"]) < epochs and not trainer.control.should_training_stop:
+                row = train_epoch(trainer, len(now["history"]) + 1)
+                row = from_main(lambda: row)  # so that all stop after the same epoch
+                best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
+                now = {"run": run_name, "history": now["history"] + [row], "best": best,
+                       **{name: part.state_dict() for name, part in parts.items()}}
+                if rank() == 0:
+                    save_whole(checkpoint, now)
+            if trainer.control.should_training_stop:
+                say("training", "stopped early: the validation loss no longer improves")
+        except KeyboardInterrupt:
+            if not now["history"] or not use_what_is_there or processes() > 1:
+                raise
+            say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
+        trainer.model_wrapped = model
+        callbacks.on_train_end(args, trainer.state, trainer.control)
+        model.load_state_dict(now["best"])
+        return now["history"]
+
+def train_epoch(trainer, epoch):
+    """One pass over the training data and one over the validation data; returns the epoch's row of the history."""
+    trainer.state.epoch = epoch
+    transformers.set_seed(SEED + epoch + 10_007 * rank())  # the processes' dropout differs
+    model, loader, start = trainer.model_wrapped.train(), trainer.get_train_dataloader(), time.perf_counter()
+    trainer.state.global_step, total, left = (epoch - 1) * len(loader), 0.0, len(trainer.train_dataset)
+    for batch in progress(loader, desc=f"epoch {epoch}"):
+        rate = trainer.lr_scheduler.get_last_lr()[0]
+        size = min(left, trainer.args.train_batch_size)
+        mine = len(own(range(size)))  # texts for this process; if it is none, it is given one all the same, weighed 0
+        total += training_step(trainer, batch, mine * processes() / size) * mine
+        left -= size
+        if not math.isfinite(total) and processes() == 1:  # several must all go on to the end of the epoch
+            break
+    seconds, val_total, right, model = time.perf_counter() - start, 0.0, 0, trainer.model.eval()
+    with torch.inference_mode():
+        for batch in trainer.get_eval_dataloader():
+            loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+            val_total += loss.item() * len(outputs.logits)
+            right += (outputs.logits.argmax(-1) == batch["labels"]).sum().item() if "labels" in batch else math.nan
+    total, val_total, right = map(sum, zip(*from_all((total, val_total, right))))
+    if not math.isfinite(total + val_total):
+        raise Problem(f"the loss is not a number any more in epoch {epoch}. Lower LEARNING_RATE (now "
+                      f"{trainer.args.learning_rate}). What was saved before is still there.")
+    texts = len(trainer.eval_dataset)
+    return {"epoch": epoch, "train_loss": total / len(trainer.train_dataset), "val_loss": val_total / texts,
+            "val_accuracy": right / texts, "learning_rate": rate, "seconds": seconds}
+
+def training_step(trainer, batch, weight=1):
+    """One step of the optimizer; returns the loss of the batch, a mean. `weight`: of it, among the processes."""
+    loss = trainer.compute_loss(trainer.model_wrapped, batch)
+    trainer.accelerator.backward(loss * weight)
+    clip_gradients(trainer.model, trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    trainer.optimizer.zero_grad()
+    trainer.state.global_step += 1
+    return loss.item()
+
+def judge(trainer, row):
+    """Show one epoch to the callbacks (early stopping, trackers), then to the user; True if it is the best so far.
+
+    EarlyStoppingCallback compares with state.best_metric, which only its caller updates: before on_evaluate, and
+    no epoch is ever seen to improve; never, and training does not stop.
+    """
+    metrics = {f"eval_{name[4:]}" if name.startswith("val_") else name: value for name, value in row.items()}
+    trainer.state.epoch = row["epoch"]
+    trainer.log(dict(metrics))
+    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+    is_best = trainer.state.best_metric is None or row["val_loss"] < trainer.state.best_metric
+    if is_best:
+        trainer.state.best_metric = row["val_loss"]
+    print("{epoch:6d} {train_loss:12.4f} {val_loss:12.4f} {val_accuracy:14.4f} {learning_rate:12.1e} {seconds:9.1f}"
+          .format(**row), "best" * is_best, flush=True)
+    return is_best
+
+# ── Report ────────────────────────────────────────────────────────────────────────────────────────────
+
+def evaluate(trainer, data):
+    """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
+    splits = {"teacher": {}, "student": {}}
+    next(predict(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
+    for split, rows in data.items():
+        answers = predict(trainer.model, trainer.get_test_dataloader(rows))
+        answers = ((batch["labels"], batch["soft_labels"], logits, seconds) for batch, logits, seconds in answers)
+        labels, soft, logits, seconds = zip(*answers)
+        labels, soft = torch.cat(labels), torch.cat(soft)
+        teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_temperature()  # but for a constant
+        splits["teacher"][split] = score(teacher, labels, teacher, column(rows, "teacher_seconds").sum().item())
+        splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
+    return splits
+
+def score(logits, labels, teacher_logits, seconds):
+    """Figures of one model on one split; logits are (n, classes), labels (n,), seconds the time of inference."""
+    predicted = logits.argmax(-1)
+    f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
+          for c in torch.cat([predicted, labels]).unique()]
+    share = lambda hits: hits.double().mean().item()
+    return {"examples": len(labels), "accuracy": share(predicted == labels), "macro_f1": share(torch.stack(f1)),
+            "agreement": share(predicted == teacher_logits.argmax(-1)),
+            "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean",
+                           log_target=True).item(),
+            "seconds": seconds, "texts_per_second": ratio(len(labels), seconds)}
+
+def ratio(above, below):
+    """above / below; None where that is no number."""
+    return above / below if below else None
+
+def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, splits, history, seconds):
+    """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
+    test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
+    report = {
+        "teacher": {"parameters": teacher.num_parameters(), "bytes": teacher_bytes, "splits": splits["teacher"]},
+        "student": {"parameters": trainer.model.num_parameters(), "bytes": None, "splits": splits["student"]},
+        "kept": ratio(test["student"]["accuracy"], test["teacher"]["accuracy"]),
+        "speedup": ratio(test["teacher"]["seconds"], test["student"]["seconds"]),
+        "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
+        "settings": {name: public(globals()[name]) for name in ACCEPTED},
+        "versions": {"python": platform.python_version(),
+                     **{module.__name__: module.__version__ for module in (torch, transformers, datasets)}},
+        "hardware": hardware(),
+    }
+
+    def more(new):
+        report["student"]["bytes"] = weights_size(new)
+        report["files"] = sorted([*os.listdir(new), "README.md", "history.csv", "loss.png", "report.json"])
+        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
+        lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
+        (new / "README.md").write_text(card, "utf-8")
+        write_report(report, new)
+        (new / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
+        plot(history, best, new / "loss.png")
+
+    save_folder(OUTPUT, trainer.model, tokenizer, more)
+    return report
+
+# ──────────────────── Nothing below is needed to understand the method. ────────────────────
+
+# ── Report files: table, plot, model card ─────────────────────────────────────────────────────────────
+
+def table(report):
+    """The report as text."""
+    lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
+    for role in ("teacher", "student"):
+        lines += [f"{role:<8} {split:<6}{one['accuracy']:>9.4f}{one['macro_f1']:>10.4f}{one['agreement']:>11.4f}"
+                  f"{one['seconds']:>9.2f}{one['texts_per_second'] or math.nan:>9,.0f}"
+                  for split, one in report[role]["splits"].items()]
+    sizes = [f"{role} {report[role]['parameters']:,} parameters, {report[role]['bytes'] / 1e6:.1f} MB"
+             for role in ("teacher", "student")]
+    kept = "the teacher is right on no text, so that there is nothing to keep; the student" if report["kept"] is None else \
+        f"the student keeps {report['kept']:.1%} of the teacher's accuracy and"
+    return "\n".join([*lines, "; ".join(sizes), f"On test {kept} is {report['speedup'] or math.nan:.1f} times as fast",
+                      f"(without tokenization; {report['hardware']})."])
+
+def plot(history, best, path):
+    """Train and val loss per epoch; colours (Okabe and Ito's) and line styles that colour-blind people can tell."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, style, colour in ("train_loss", "o--", "#0072B2"), ("val_loss", "s-", "#D55E00"):
+        axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, color=colour,
+                  label=name.replace("_", " "))
+    axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
+    kd = f" = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
+    axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD}; val: CE and KL alone)"
+                                              if METHOD in TERMS else " = CE"))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+CARD = """---
+language: ja
+pipeline_tag: text-classification
+library_name: transformers
+---
+# A small text classifier ({STUDENT}), distilled
+
+Distilled from `{teacher}` on `{DATA}` by distill.py, METHOD {METHOD}, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
+It shares its teacher's faults: measure it on texts of your own before you rely on it.
+
+```
+python distill.py --output path/to/this/folder --predict "この店の料理は美味しい。"
+```
+
+A "bert" also loads like any model: `pipeline("text-classification", model="path/to/this/folder")`.
+
+```
+{table}
+```
+"""
+
+def write_report(report, folder):
+    new = Path(folder, "report.json.distill_new")
+    new.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(new, folder / "report.json")
+
+def weights_size(name):
+    """Bytes of the weights of the model in a folder or, as far as it was loaded, a hub repository."""
+    folder = Path(name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, local_files_only=True))
+    for pattern in r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin":
+        files = [file for file in folder.iterdir() if re.fullmatch(pattern, file.name)]
+        if files:
+            return sum(file.stat().st_size for file in files)
     return None
 
-def read_command_line(argv):
-    """Change the settings that are given in `argv`, whose names, groups and help come from the block above.
+def public(value):
+    """A setting as others may see it: of a path to elsewhere only the last name."""
+    return Path(value).name if isinstance(value, str) and value.startswith(("~", "..", os.sep)) else value
 
-    Returns what follows --predict, a list; None without it.
+def hardware():
+    """The processor's name, and how many threads torch uses."""
+    ask = {"Darwin": "sysctl -n machdep.cpu.brand_string", "Linux": "grep -m1 'model name' /proc/cpuinfo"}
+    name = os.popen(ask.get(platform.system(), "")).read().split(":")[-1].strip() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+# ── Models and tokenizers: load and check ─────────────────────────────────────────────────────────────
+
+FAMILIES = {  # a model's family → the METHODs for which its layers can be used
+    "bert": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
+    "roberta": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
+    "bart": ("none", "kd", "rail", "mate", "cilda"),
+    **dict.fromkeys(["electra", "deberta-v2", "modernbert", "distilbert"], ("none", "kd")),
+}
+
+def classifier_class(config):
+    """The class of a classifier of this family: BERT's is the fast one above."""
+    return BertForSequenceClassification if config.model_type == "bert" else \
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+def load_config(name, setting="TEACHER"):
+    """The configuration of the model in the folder or hub repository `name`."""
+    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise Problem(f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). Save one into "
+                      "it with model.save_pretrained, or name another folder.")
+    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        advice = {"TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to have a teacher "
+                  "fine-tuned", "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name'}
+        raise Problem(f"{setting} = {name!r}: no such folder. {advice.get(setting, 'Name a folder or a hub model')}.")
+    with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
+        stay_inside(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind, outputs = str((config.architectures or ["?ForSequenceClassification"])[0]), config.num_labels
+    if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
+        able = ", ".join(family for family in FAMILIES if METHOD in FAMILIES[family])
+        raise Problem(f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} accepts {able}.")
+    if setting == "TEACHER" and not kind.endswith("ForSequenceClassification"):
+        raise Problem(f"TEACHER = {name!r}: is a {kind}; accepted is a fine-tuned …ForSequenceClassification. To "
+                      "fine-tune this model first, name it in TEACHER_BASE.")
+    if setting == "TEACHER" and (outputs < 2 or config.problem_type not in (None, "single_label_classification")):
+        raise Problem(f"TEACHER = {name!r}: {outputs} output(s), {config.problem_type or 'regression'}; accepted is a "
+                      "classifier that chooses one of two or more labels.")
+    if setting in ("TEACHER", "OUTPUT"):
+        names = checked_label_names(config, f"{setting} = {name!r}: its config.json")
+        config.id2label, config.label2id = dict(enumerate(names)), {label: number for number, label in enumerate(names)}
+    # How its last user wanted to run a model, not what it is: such flags would slow it down or change what it returns.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    return config
+
+def checked_label_names(config, where):
+    """The label names of a classifier by output, as pipelines print them: from id2label. A Problem if label2id contradicts.
+
+    A label2id of other names (LABEL_0, … left from before the names were set), with its numbers as texts or turned
+    round, number to name, contradicts nothing. Where id2label has only LABEL_0, …, the names of label2id count.
     """
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predict", nargs="*", metavar="TEXT", help="only run the student in OUTPUT: a label and its "
-                        "probability for each TEXT or, without any, for each line of standard input")
-    group = parser
-    for line in re.split("\n# ── .*\n", Path(__file__).read_text("utf-8"))[1].splitlines():
-        if line.startswith("# "):
-            group = parser.add_argument_group(line[2:])
-        elif (setting := re.match(r"([A-Z_]+) = .+?(?:  # (.*))?$", line)) and setting[1] in ACCEPTED:
-            group.add_argument("--" + setting[1].lower().replace("_", "-"), default=argparse.SUPPRESS, metavar="…",
-                               help=f"{setting[2] or ''} [{globals()[setting[1]]}]".replace("%", "%%"))
-    options = vars(parser.parse_args(argv))
-    predict = options.pop("predict")
-    GIVEN.clear()
-    for name, given in options.items():
-        GIVEN.add(name.upper())
-        value, accepts = given, ACCEPTED[name.upper()][0]
-        with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
-            value = ast.literal_eval(re.sub(r"\b(\d+)/(\d+)\b", lambda part: str(int(part[1]) / int(part[2])), given))
-        globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
-    return predict
+    outputs = range(config.num_labels)
+    names = [str(config.id2label.get(number)) for number in outputs]
+    if set(config.id2label) != set(outputs) or len(set(names)) < len(names):
+        raise Problem(f"{where} needs a different name in id2label for each of the outputs 0 to {len(outputs) - 1}; it has "
+                      f"{short_list([f'{number}: {label}' for number, label in config.id2label.items()])}.")
+    label2id = {str(name): str(number) for name, number in (config.label2id or {}).items()}
+    if names == [f"LABEL_{number}" for number in outputs] and not label2id.keys() & set(names):
+        by_number = {number: name for name, number in label2id.items()}
+        if set(by_number) == {str(number) for number in outputs}:
+            return [by_number[str(number)] for number in outputs]
+    output_of = {name: str(number) for number, name in enumerate(names)}
+    straight = [output_of[name] == number for name, number in label2id.items() if name in output_of]
+    turned = [output_of[name] == number for number, name in label2id.items() if name in output_of]
+    if (straight or turned) and not (straight and all(straight)) and not (turned and all(turned)):
+        raise Problem(f"{where} contradicts itself: id2label has {short_list([f'{number}: {name}' for number, name in enumerate(names)])}, "
+                      f"label2id {short_list([f'{name}: {number}' for name, number in label2id.items()])}. Correct the one that is "
+                      "wrong; id2label is what pipelines print.")
+    return names
 
-GIVEN = set()  # the settings given on the command line
-SAMPLE_TEACHER = "./finetuned_bert_japanese"  # the TEACHER for which, as long as it is not there, a sample teacher stands in
-PATHS = "TEACHER", "TEACHER_BASE", "TOKENIZER", "DATA", "STUDENT_INIT", "OUTPUT", "CACHE", "UNLABELED", "GENERATOR"
+def takes_types(config):
+    """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
+    return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
-def normalize_paths():
-    """Expand ~ in every setting that may be a path, and drop slashes at its end. A hub name stays as it is."""
-    for name in PATHS:
-        if isinstance(globals()[name], str):
-            globals()[name] = normalize_path(globals()[name])
+def most_tokens(config):
+    """How many tokens a model takes at most."""
+    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    return getattr(config, "max_position_embeddings", 10**9) - offset
 
-def normalize_path(path):
-    path = os.path.expanduser(path)
-    while len(path) > 1 and path.endswith((os.sep, os.sep + ".")):
-        path = path[:-1]
-    return path
+def load_tokenizer(name, config, role="teacher"):
+    """The tokenizer in `name`, which must fit the model's `config`. It cuts texts to MAX_LENGTH, here and later."""
+    advice = 'Set TOKENIZER to the one the teacher was made with, e.g. "tohoku-nlp/bert-base-japanese-v3"' \
+        if role == "teacher" else "Save the one that the model was made with into its folder"
+    files = [file for pattern in ("vocab.*", "tokenizer.json", "*.model") for file in Path(name).glob(pattern)]
+    if os.path.exists(name) and not files:  # transformers would make an empty one, and say nothing
+        raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
+    with explain(f"the tokenizer in {name!r} cannot be loaded",
+                 f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
+        given = get_tokenizer_config(name)
+        if paths := [one for one in strings([given.get("mecab_kwargs"), given.get("sudachi_kwargs")]) if "/" in one]:
+            raise ValueError(f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer.takes_types = takes_types(config)
+        encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)  # now, rather than after the data is read
+        if tokenizer.pad_token_id is None:
+            raise ValueError("it has no padding token")
+        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary holds nothing but special tokens")
+        highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
+                      f"{config.vocab_size - 1}. {advice}.")
+    if MAX_LENGTH > most_tokens(config):
+        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most_tokens(config)} tokens.")
+    tokenizer.model_max_length = MAX_LENGTH
+    if role == "teacher":
+        tell_guesses(tokenizer, name, given, config)
+    return tokenizer
 
-def check_settings():
-    """Find every fault of the settings, and outputs that cannot be written, before anything slow begins."""
-    faults = [f"{name} = {globals()[name]!r}: must be {words}"
-              for name, (accepts, words) in ACCEPTED.items() if not accepts(globals()[name])]
-    if not faults:
-        faults += folder_faults()
-        names = [TEXT_COLUMN, LABEL_COLUMN] + [TEXT_PAIR_COLUMN] * (TEXT_PAIR_COLUMN is not None)
-        if len(set(names)) < len(names):
-            faults.append(f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN = "
-                          f"{LABEL_COLUMN!r}: must be different columns")
-        if "labels" in (TEXT_COLUMN, TEXT_PAIR_COLUMN):
-            faults.append("TEXT_COLUMN, TEXT_PAIR_COLUMN: must not be 'labels', which the script itself uses; rename this column")
-        if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
-            faults.append(f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"')
-        if QUANTIZE and EXPORT != "onnx":
-            faults.append(f'QUANTIZE = {QUANTIZE!r}: needs EXPORT = "onnx"')
-        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
-        if EXPORT == "onnx" and missing:
-            faults.append(f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}")
-        if GENERATOR and not AUGMENT and "D′" not in TERMS.get(METHOD, ()):
-            faults.append(f'GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "mate" or "cilda"')
-        if METHOD in TERMS and STUDENT != "bert":
-            faults.append(f'METHOD = {METHOD!r}: needs STUDENT = "bert"')
-        if METHOD == "none" and (UNLABELED or AUGMENT):
-            faults.append(f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and AUGMENT")
-        if METHOD != "kd" and LOGIT_LOSS != "kl":
-            faults.append(f'LOGIT_LOSS = {LOGIT_LOSS!r}: needs METHOD = "kd"')
-        if METHOD in TERMS and processes() > 1:
-            faults.append(f'METHOD = {METHOD!r}: runs in one process; several accept "none" and "kd"')
-    if faults:
-        raise Problem("\n  ".join(["these settings must be put right:", *faults]))
-    make_cache()
+def tell_guesses(tokenizer, name, given, config):
+    """Say where the library had to guess what the teacher's tokenizer was; `given`: its tokenizer_config.json."""
+    if not given.get("tokenizer_class") and not getattr(config, "tokenizer_class", None):
+        say("note", f"{name} does not name its tokenizer_class: texts are read by {type(tokenizer).__name__}. If the teacher was "
+            'trained with another, such as "BertJapaneseTokenizer", write that into its tokenizer_config.json')
+    uses_mecab = isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.word_tokenizer_type == "mecab"
+    saved_by = re.match(r"(\d+)\.(\d+)", str(config.transformers_version))
+    if uses_mecab and not (given.get("mecab_kwargs") or {}).get("mecab_dic") and (
+            not saved_by or (int(saved_by[1]), int(saved_by[2])) < (4, 46)):
+        say("note", f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. Before transformers "
+            f"4.46 (it was saved by {saved_by[0] if saved_by else 'an unknown version'}) it was ipadic; if the teacher was trained "
+            'with that, write "mecab_kwargs": {"mecab_dic": "ipadic"} into its tokenizer_config.json and pip install ipadic')
 
-def folder_faults():
-    """What is wrong with OUTPUT, CACHE, and TEACHER where it is still to be made, as folders to write to: a list."""
-    output, faults = Path(os.path.realpath(OUTPUT)), []
-    kept = {"TEACHER": TEACHER, "DATA": DATA, "CACHE": CACHE, "UNLABELED": UNLABELED, "the working folder": os.getcwd(),
-            "distill.py": __file__}
-    inside = [name for name, path in kept.items() if path and Path(os.path.realpath(path)).is_relative_to(output)]
-    if inside:
-        faults.append(f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain them. Name another")
-    elif os.path.exists(output):
-        faults += [f"OUTPUT = {OUTPUT!r}: {fault}" for fault in foreign_files(output)]
-    written = {"OUTPUT": output.parent, "CACHE": Path(CACHE)}
-    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
-        written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
-    for name, folder in written.items():
-        try:
-            if globals()[name].startswith("~"):
-                raise OSError(errno.ENOENT, "no user of this name")
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            if name == "CACHE" and os.listdir(folder) and not {"CACHEDIR.TAG", "lock"} & set(os.listdir(folder)):
-                faults.append(f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might overwrite; name another")
-        except OSError as error:
-            faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
-    return faults
+def refuse_early(config, tokenizer):
+    """Load and throw away what is needed only after the teacher's pass: what is wrong with it is told before."""
+    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
+        for callback in get_reporting_integration_callbacks([] if REPORT_TO == "none" else [REPORT_TO]):
+            callback()
+    source = config
+    if STUDENT_INIT not in ("teacher", "random"):
+        source = load_start(config).config
+    if STUDENT == "bert" and STUDENT_INIT != "random":
+        start_layers(source)
+    if METHOD in TERMS and "D′" in TERMS[METHOD] and GENERATOR is not None:
+        load_generator(tokenizer)
 
-OUTPUT_FILES = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|student.*\.(pt2|onnx)|.*(token|vocab).*\.(json|txt|model)|"
-                          r"(config|report)\.json|merges\.txt|.*\.model|README\.md|history\.csv|loss\.png")
+def load_model(name, setting="TEACHER", config=None):
+    """The classifier in `name`, in eval mode and float32 (transformers 5 otherwise keeps the stored precision).
 
-def foreign_files(output):
-    """Why OUTPUT, which is replaced as a whole, is left alone: a list of one text; empty if all in it is distill.py's."""
-    try:
-        names = {path.name for path in output.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")}
-        report = json.loads((output / "report.json").read_text("utf-8")) if names else {"student": {}}
-        if "student" not in report:
-            raise LookupError
-        written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))  # earlier versions did not name them
-        foreign = sorted(name for name in names - written if not name.endswith(".distill_new"))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return ["was not written by distill.py and is not overwritten; name another"]
-    return [f"holds {short_list(foreign)}, not written by distill.py, and is replaced as a whole; move this first, or name "
-            "another"] if foreign else []
+    A teacher has to be whole, and is frozen. Another model may lack its head, or have one for other labels: the head
+    then starts random.
+    """
+    with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
+        config = config or load_config(name, setting)
+        model, info = classifier_class(config).from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
+            output_loading_info=True)
+        end = getattr(config, "eos_token_id", None) or 0  # without which BART does not run
+        model.eval()(input_ids=torch.full((1, 2), end))  # what does not fit is told now
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
+        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
+                      f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model; to fine-tune this one first, name it "
+                      "in TEACHER_BASE.")
+    unused = sorted(info["unexpected_keys"])
+    if setting == "TEACHER" and (other := [key for key in unused if re.search(r"layers?\.\d+\.", key)]):
+        raise Problem(f"TEACHER = {name!r}: its file holds layers, or parts of layers, that its config.json does not know "
+                      f"({', '.join(other[:3])}). Put the config.json there that was saved with these weights.")
+    if setting == "TEACHER" and unused:
+        say("note", f"{name} holds weights that a {type(model).__name__} does not use: {short_list(unused)}")
+    body = model.base_model_prefix + "."
+    if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
+        raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
+    return model.requires_grad_(setting != "TEACHER")
 
-def make_cache():
-    """Make the folder CACHE, with the mark by which backups leave it out (bford.info/cachedir) and distill.py knows it."""
-    Path(CACHE).mkdir(parents=True, exist_ok=True)
-    mark = Path(CACHE, "CACHEDIR.TAG")
-    if not mark.exists():
-        mark.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# made by distill.py; can be deleted at any time\n", "utf-8")
+def check_teacher(rows, names, is_made):
+    """Say so where the teacher answers the training texts worse than no model at all would, before a student learns it."""
+    labels = column(rows, "labels")
+    answers = np.concatenate([np.argmax(part["soft_labels"], -1) for part in in_parts(rows, "soft_labels")])[labels != NO_LABEL]
+    labels = labels[labels != NO_LABEL]
+    counts = np.bincount(labels, minlength=len(names))
+    accuracy, share = (answers == labels).mean(), counts.max() / len(labels)
+    if accuracy < share:
+        say("note", f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} always would be right on "
+            f"{share:.1%}. Likely causes: its labels are in another order than those of the data; its tokenizer or MeCab dictionary "
+            "is not the one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
+            + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
+    elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
+        say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
+    if len(names) > 1000:  # too large a table for too little
+        return
+    confusion = np.bincount(labels * len(names) + answers, minlength=len(names)**2).reshape(len(names), -1)
+    own = confusion.diagonal()
+    exchanged = np.argwhere(np.triu((confusion > own[:, None]) & (confusion.T > own)))
+    for one, other in exchanged[:3]:
+        say("note", f"the teacher answers {names[one]} mostly with {names[other]}, and {names[other]} mostly with {names[one]}: are "
+            "these two labels exchanged?")
 
-# ── Files: written whole or not at all ──────────────────────────────────────────────────────────────────
-
-def save_whole(path, content):
-    """Write tensors and plain values with a checksum; a kill at any moment leaves the old file or the new."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    try:
-        with open(f"{path}.distill_new", "wb") as file:
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.distill_new", path)
-    finally:  # a disk that is full is not kept full
-        Path(f"{path}.distill_new").unlink(missing_ok=True)
-
-def file_digest(path):
-    state = hashlib.sha256()
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-def load_whole(path):
-    """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
-    if not os.path.isfile(path):
-        return None
-    content = Path(path).read_bytes()
-    with contextlib.suppress(Exception):  # a pickle of something else, with the right checksum
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
-            return torch.load(io.BytesIO(content[32:]), weights_only=True)
-    say("note", f"{path} is damaged: it is not used, and made anew")
-
-def save_folder(folder, model, tokenizer, more=lambda new: None):
-    """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
-    name, folder = folder, os.path.realpath(folder)  # of a link, what it points to is replaced
-    new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
-    tidy(folder)
-    try:
-        with explain(f"{name} cannot be written", "What was saved before is still there; the same command goes on from here"):
-            model.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            more(new)
-            for file in new.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            if os.path.exists(folder):
-                os.rename(folder, old)
-            os.rename(new, folder)
-    finally:
-        tidy(folder)
-
-def tidy(folder):
-    """Put right what a kill or a full disk inside save_folder left."""
-    folder = os.path.realpath(folder)
-    if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
-        os.rename(f"{folder}.distill_old", folder)
-    for left in ".distill_new", ".distill_old":
-        shutil.rmtree(f"{folder}{left}", ignore_errors=True)
-
-@contextlib.contextmanager
-def alone():
-    """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
-    locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock")}
-    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
-        locks["TEACHER"] = Path(f"{os.path.realpath(TEACHER)}.distill_lock")
-    with contextlib.ExitStack() as stack:
-        for name, path in locks.items():
-            try:
-                stack.enter_context(filelock.FileLock(path, blocking=False))
-            except filelock.Timeout:
-                raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name "
-                              "another CACHE and another OUTPUT.") from None
-        for name in locks.keys() - {"CACHE"}:
-            stack.callback(locks[name].unlink, missing_ok=True)
-        yield
-
-def strings(value):
-    """All texts among the values of what json.loads gave."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [one for part in inner for one in strings(part)]
-
-def stay_inside(folder):
-    """A Problem if an index of files in `folder`, which may come from a stranger, names one outside it."""
-    patterns = "*.index.json", "dataset_dict.json", "**/state.json"
-    for index in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
-        if out := [one for one in strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
-            raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or "
-                          "delete it.")
-
-def digest(*parts):
-    """A short name for contents: a model's configuration and weights, what an iterator gives, any value by its repr."""
-    state = hashlib.sha256()
-    for part in itertools.chain.from_iterable(part if isinstance(part, Iterator) else [part] for part in parts):
-        if isinstance(part, torch.nn.Module):
-            for tensor in part.state_dict().values():
-                state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-            config = part.config.to_dict() if isinstance(part, transformers.PreTrainedModel) else {}
-            part = {name: value for name, value in config.items() if name != "transformers_version"}
-        state.update(repr(part).encode("utf-8", "surrogatepass"))
-    return state.hexdigest()[:24]
-
-def say(stage, message):
-    print(f"{stage:<9} {message}", flush=True)
-
-def progress(steps, **options):
-    """`steps`, with a bar on a terminal that tells the time that remains."""
-    return tqdm(steps, leave=False, disable=None if rank() == 0 else True, **options)
-
-# ── Processes: one, or several that share the work (torchrun, or accelerate with mpirun) ────────────────
-
-def rank():
-    """The number of this process; 0 is the one that reads the caches, writes and speaks."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-def processes():
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-def own(things):
-    """This process's share of a list or an array: every n-th."""
-    return things[rank()::processes()]
-
-def from_main(make):
-    """What make() gives in process 0, for all; the others wait for it."""
-    made = [make() if rank() == 0 else None]
-    if processes() > 1:
-        torch.distributed.broadcast_object_list(made)
-    return made[0]
-
-def from_all(thing):
-    """[thing of process 0, of process 1, …], for all."""
-    things = [thing] * processes()
-    if processes() > 1:
-        torch.distributed.all_gather_object(things, thing)
-    return things
-
-# ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Data: files and splits ────────────────────────────────────────────────────────────────────────────
 
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}  # a file's or a split's name → which it is
@@ -465,6 +797,105 @@ UNKNOWN_SHARE = 0.03  # of a split's tokens, above which it is said: of a vocabu
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
 TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
 POOL = 16  # batches whose texts are sorted by length together: more saves little, and makes batches too alike
+
+def load_data(label2id=None):
+    """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
+    splits = read_splits(set(label2id or ()))
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
+        refuse_missing_columns(f"DATA = {DATA!r}: {split}", [*text_columns(), LABEL_COLUMN], rows.column_names)
+        for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
+            if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
+                raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}; accepted are texts "
+                              "and numbers.")
+    names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
+    label2id = {name: number for number, name in enumerate(names)}
+    lookup = read_labels(splits, names)
+    splits = {split: clean(rows, split, lookup[split], names) for split, rows in splits.items()}
+
+    def cut(rows, share):
+        parts = rows.cast_column("labels", datasets.ClassLabel(len(label2id))).train_test_split(
+            share, seed=SEED, stratify_by_column="labels")
+        return [part.cast_column("labels", datasets.Value("int64")) for part in parts.values()]
+
+    if "all" in splits:
+        with explain(f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"):
+            train, rest = cut(splits["all"], 0.2)
+            splits = dict(zip(SPLITS, (train, *cut(rest, 0.5))))
+        say("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
+    if TRAIN_FRACTION < 1:
+        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
+            splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
+    counts = np.bincount(column(splits["train"], "labels"), minlength=len(names))
+    say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
+        + ", ".join(f"{count:,} {name}" for name, count in zip(names, counts)))
+    absent = [name for name, count in zip(names, counts) if count == 0]
+    if len(absent) == len(names) - 1:
+        say("note", f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to tell apart")
+    elif absent:
+        say("note", f"no text of train has the label {short_list(absent)}: of it the student sees the teacher's guesses alone")
+    return splits, label2id
+
+def read_splits(known_labels):
+    """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
+    path = Path(DATA)
+    if DATA == "tests/sample" and not path.exists():  # started from another folder
+        path = Path(__file__).resolve().parent / DATA
+    columns = [*text_columns(), LABEL_COLUMN]
+    if path.is_file():
+        if path.suffix.lower() == ".txt":
+            raise Problem(f"DATA = {DATA!r}: a .txt file has no labels. Accepted are {', '.join(LABELED_KINDS)}; texts "
+                          "without labels are named in UNLABELED.")
+        return {"all": read_file(path, columns, known_labels)}
+    files = labeled_files(path) if path.is_dir() else {}
+    if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
+        refuse_doubled_splits(files)
+        tell_unread(DATA, path, [file for names in files.values() for file in names])
+        splits = {split: read_file(*names, columns, known_labels) for split, names in files.items()}
+        found = list(splits)
+    else:
+        if files:
+            raise Problem(f"DATA = {DATA!r}: is a save_to_disk folder that also holds "
+                          f"{', '.join(file.name for names in files.values() for file in names)}. Keep the one or the other.")
+        with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
+                     f"val and test files ({', '.join(LABELED_KINDS)}), a single file, or a hub data set"):
+            stay_inside(path)
+            loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
+        loaded = loaded.with_format(None)  # arrays and the like were for its last user
+        if not isinstance(loaded, dict) or len(loaded) == 1:
+            return {"all": loaded if not isinstance(loaded, dict) else next(iter(loaded.values()))}
+        names = defaultdict(list)
+        for name in loaded:
+            if name in SPLIT_OF:
+                names[SPLIT_OF[name]].append(name)
+        refuse_doubled_splits(names)
+        splits = {split: loaded[name] for split, (name,) in names.items()}
+        found = list(loaded)
+    if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
+        raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add "
+                      f"it ({', '.join(LABELED_KINDS)}), or set DATA to one single file, which is cut into the three.")
+    return {split: splits[split] for split in SPLITS}
+
+def labeled_files(folder):
+    """{split: its files}, as their names tell; a .txt is not among them, for it has no labels."""
+    files = defaultdict(list)
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in LABELED_KINDS and file.stem.lower() in SPLIT_OF:
+            files[SPLIT_OF[file.stem.lower()]].append(file)
+    return files
+
+def refuse_doubled_splits(found):
+    """A Problem where more than one file, or split of a data set, is for train, val or test."""
+    for split, names in found.items():
+        if len(names) > 1:
+            names = [name.name if isinstance(name, Path) else name for name in names]
+            raise Problem(f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them.")
+
+def tell_unread(name, folder, files):
+    """Say what else is in a folder of data, but for its hidden files."""
+    if files and (others := sorted(file.name for file in {*folder.iterdir()} - {*files} if not file.name.startswith("."))):
+        say("data", f"{name}: {short_list(others)} {'is' if len(others) == 1 else 'are'} not read")
 
 def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
@@ -651,16 +1082,6 @@ def json_rows(path, encoding, columns, known_labels):
         if names:
             refuse_missing_columns(path, [name for name in columns if name in missing], names)
 
-def text_value(path, place, row, name):
-    """The text in a field of a JSON object, or its label written out; None if there is neither."""
-    value = row.get(name)
-    if isinstance(value, (dict, list)):
-        raise Problem(f"{path}, {place}: many values in {name}, where one is accepted. Write an object for each row; with pandas: "
-                      "to_json(path, orient='records', lines=True).")
-    if isinstance(value, str) or value is None:
-        return value
-    return spelled(value) if name == LABEL_COLUMN else None
-
 def json_lines(path, file):
     """(line, value) of each line that is not empty."""
     decode = json.JSONDecoder().raw_decode
@@ -676,6 +1097,16 @@ def json_lines(path, file):
                 raise Problem(f"{path}, line {number}: more than one JSON object. Write each on a line of its own.")
             yield number, value
 
+def text_value(path, place, row, name):
+    """The text in a field of a JSON object, or its label written out; None if there is neither."""
+    value = row.get(name)
+    if isinstance(value, (dict, list)):
+        raise Problem(f"{path}, {place}: many values in {name}, where one is accepted. Write an object for each row; with pandas: "
+                      "to_json(path, orient='records', lines=True).")
+    if isinstance(value, str) or value is None:
+        return value
+    return spelled(value) if name == LABEL_COLUMN else None
+
 def text_rows(path, encoding, columns, known_labels):
     """The rows of a .txt file: a text a line."""
     refuse_missing_columns(path, columns[1:], ["its lines"])
@@ -686,88 +1117,33 @@ def text_rows(path, encoding, columns, known_labels):
 
 FILE_READERS = {".csv": csv_rows, ".tsv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".txt": text_rows}
 
-def read_splits(known_labels):
-    """DATA as it comes: a dict of train, val and test, or {"all": …} for a single set."""
-    path = Path(DATA)
-    if DATA == "tests/sample" and not path.exists():  # started from another folder
-        path = Path(__file__).resolve().parent / DATA
-    columns = [*text_columns(), LABEL_COLUMN]
-    if path.is_file():
-        if path.suffix.lower() == ".txt":
-            raise Problem(f"DATA = {DATA!r}: a .txt file has no labels. Accepted are {', '.join(LABELED_KINDS)}; texts "
-                          "without labels are named in UNLABELED.")
-        return {"all": read_file(path, columns, known_labels)}
-    files = labeled_files(path) if path.is_dir() else {}
-    if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
-        refuse_doubled_splits(files)
-        tell_unread(DATA, path, [file for names in files.values() for file in names])
-        splits = {split: read_file(*names, columns, known_labels) for split, names in files.items()}
-        found = list(splits)
-    else:
-        if files:
-            raise Problem(f"DATA = {DATA!r}: is a save_to_disk folder that also holds "
-                          f"{', '.join(file.name for names in files.values() for file in names)}. Keep the one or the other.")
-        with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
-                     f"val and test files ({', '.join(LABELED_KINDS)}), a single file, or a hub data set"):
-            stay_inside(path)
-            loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
-        loaded = loaded.with_format(None)  # arrays and the like were for its last user
-        if not isinstance(loaded, dict) or len(loaded) == 1:
-            return {"all": loaded if not isinstance(loaded, dict) else next(iter(loaded.values()))}
-        names = defaultdict(list)
-        for name in loaded:
-            if name in SPLIT_OF:
-                names[SPLIT_OF[name]].append(name)
-        refuse_doubled_splits(names)
-        splits = {split: loaded[name] for split, (name,) in names.items()}
-        found = list(loaded)
-    if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
-        raise Problem(f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: {', '.join(found) or 'nothing'}). Add "
-                      f"it ({', '.join(LABELED_KINDS)}), or set DATA to one single file, which is cut into the three.")
-    return {split: splits[split] for split in SPLITS}
+def clean(rows, split, lookup, names):
+    """The texts of one split and `labels`, the teacher's numbers; a Problem that counts all faulty rows."""
+    labels, found = [], {f"{column} empty or not a text": [] for column in text_columns()}
+    for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
+        row = len(labels)
+        for name in text_columns():
+            faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
+            found[f"{name} empty or not a text"] += faulty
+        for n, label in enumerate(part[LABEL_COLUMN], 1):
+            written = label if isinstance(label, str) else spelled(label)
+            number = lookup.get(written)
+            if number is None:
+                unknown = f"label {written[:60]!r}, which the teacher does not have ({short_list(names)}),"
+                found.setdefault(unknown if written else "no label", []).append(row + n)
+            labels.append(NO_LABEL if number is None else number)
+    if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
+                  for what, at in found.items() if at]:
+        hint = "DATA is still the sample; set it to your teacher's data." if DATA == "tests/sample" else \
+            "correct or remove these rows, counted from 1; labels are the teacher's names or numbers."
+        raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *faults[:9]]))
+    return rows.select_columns(text_columns()).add_column("labels", np.array(labels))
 
-def labeled_files(folder):
-    """{split: its files}, as their names tell; a .txt is not among them, for it has no labels."""
-    files = defaultdict(list)
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in LABELED_KINDS and file.stem.lower() in SPLIT_OF:
-            files[SPLIT_OF[file.stem.lower()]].append(file)
-    return files
+def short_list(names):
+    """Names in a row; of many, the first few."""
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
-def tell_unread(name, folder, files):
-    """Say what else is in a folder of data, but for its hidden files."""
-    if files and (others := sorted(file.name for file in {*folder.iterdir()} - {*files} if not file.name.startswith("."))):
-        say("data", f"{name}: {short_list(others)} {'is' if len(others) == 1 else 'are'} not read")
-
-def refuse_doubled_splits(found):
-    """A Problem where more than one file, or split of a data set, is for train, val or test."""
-    for split, names in found.items():
-        if len(names) > 1:
-            names = [name.name if isinstance(name, Path) else name for name in names]
-            raise Problem(f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them.")
-
-# ── Labels: names or numbers ──
-
-def spelled(label):
-    """A label as text, "" if there is none."""
-    return "" if label is None or label != label else str(label)
-
-def without_zero(label):
-    """A whole number without the .0 that pandas gives it where another is missing; any other text as it is."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
-
-def label_lookup(names):
-    """A function: a label as it is written → its place in `names`, None if it is not there.
-
-    It is looked up just as it is written; then by its value: 1 and 1.0 are one number, and 1 is True where the names are
-    True and False.
-    """
-    exact = {name: number for number, name in enumerate(names)}
-    by_value = {without_zero(name): number for number, name in enumerate(names)}
-    truth = {name.casefold(): number for number, name in enumerate(names)}
-    if truth.keys() == {"true", "false"}:
-        by_value |= {"1": truth["true"], "0": truth["false"]}
-    return lambda label: exact.get(label, by_value.get(without_zero(label)))
+# ── Data: labels, names or numbers ────────────────────────────────────────────────────────────────────
 
 def new_label_names(splits):
     """The label names of a teacher still to be made, in the order of its outputs."""
@@ -844,103 +1220,57 @@ def refuse_other_class_labels(own_names, as_number, names):
         say("note", "the class labels of the data have other names than the teacher's and are taken by their numbers: "
             + short_list([f"{name} is {names[number]}" for name, number in sorted(pairs.items(), key=lambda pair: pair[1])]))
 
-def short_list(names):
-    """Names in a row; of many, the first few."""
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+def label_lookup(names):
+    """A function: a label as it is written → its place in `names`, None if it is not there.
 
-def clean(rows, split, lookup, names):
-    """The texts of one split and `labels`, the teacher's numbers; a Problem that counts all faulty rows."""
-    labels, found = [], {f"{column} empty or not a text": [] for column in text_columns()}
-    for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
-        row = len(labels)
-        for name in text_columns():
-            faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
-            found[f"{name} empty or not a text"] += faulty
-        for n, label in enumerate(part[LABEL_COLUMN], 1):
-            written = label if isinstance(label, str) else spelled(label)
-            number = lookup.get(written)
-            if number is None:
-                unknown = f"label {written[:60]!r}, which the teacher does not have ({short_list(names)}),"
-                found.setdefault(unknown if written else "no label", []).append(row + n)
-            labels.append(NO_LABEL if number is None else number)
-    if faults := [f"{split}: {what} in {len(at)} rows: {', '.join(map(str, at[:5]))}{', …' * (len(at) > 5)}"
-                  for what, at in found.items() if at]:
-        hint = "DATA is still the sample; set it to your teacher's data." if DATA == "tests/sample" else \
-            "correct or remove these rows, counted from 1; labels are the teacher's names or numbers."
-        raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *faults[:9]]))
-    return rows.select_columns(text_columns()).add_column("labels", np.array(labels))
-
-def load_data(label2id=None):
-    """({"train", "val", "test"} with texts and labels, label2id); the latter is read off the data if not given."""
-    splits = read_splits(set(label2id or ()))
-    for split, rows in splits.items():
-        if len(rows) == 0:
-            raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
-        refuse_missing_columns(f"DATA = {DATA!r}: {split}", [*text_columns(), LABEL_COLUMN], rows.column_names)
-        for name in {*text_columns(), LABEL_COLUMN}:  # pictures and sounds may be paths, which would be opened
-            if not isinstance(rows.features[name], (datasets.Value, datasets.ClassLabel)):
-                raise Problem(f"DATA = {DATA!r}: column {name} of {split} holds {rows.features[name]}; accepted are texts "
-                              "and numbers.")
-    names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
-    label2id = {name: number for number, name in enumerate(names)}
-    lookup = read_labels(splits, names)
-    splits = {split: clean(rows, split, lookup[split], names) for split, rows in splits.items()}
-
-    def cut(rows, share):
-        parts = rows.cast_column("labels", datasets.ClassLabel(len(label2id))).train_test_split(
-            share, seed=SEED, stratify_by_column="labels")
-        return [part.cast_column("labels", datasets.Value("int64")) for part in parts.values()]
-
-    if "all" in splits:
-        with explain(f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"):
-            train, rest = cut(splits["all"], 0.2)
-            splits = dict(zip(SPLITS, (train, *cut(rest, 0.5))))
-        say("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
-    if TRAIN_FRACTION < 1:
-        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
-            splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
-    counts = np.bincount(column(splits["train"], "labels"), minlength=len(names))
-    say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
-        + ", ".join(f"{count:,} {name}" for name, count in zip(names, counts)))
-    absent = [name for name, count in zip(names, counts) if count == 0]
-    if len(absent) == len(names) - 1:
-        say("note", f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to tell apart")
-    elif absent:
-        say("note", f"no text of train has the label {short_list(absent)}: of it the student sees the teacher's guesses alone")
-    return splits, label2id
-
-def bounded(text):
-    """The text or, if it is very long, as much of it as MeCab takes: at some 100,000 characters it crashes."""
-    text = text[:LONGEST]
-    while len(text) > 1000 and len(unicodedata.normalize("NFKC", text)) > LONGEST:  # which can make 18 characters of 1
-        text = text[:len(text) // 2]
-    return text
-
-@functools.lru_cache(2)
-def token_ids(tokenizer):
-    """A function: text → its token ids, without special tokens, exactly as this BertJapaneseTokenizer gives them.
-
-    The stock tokenizer cuts a word into pieces, in Python, each time it meets it. A word is always cut the same way,
-    so once is enough; what is left is mostly MeCab's time. Texts that spell out a special token go the stock way.
+    It is looked up just as it is written; then by its value: 1 and 1.0 are one number, and 1 is True where the names are
+    True and False.
     """
-    special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
-    never_split, words = tokenizer.all_special_tokens, tokenizer.word_tokenizer.tokenize
-    cut = tokenizer.subword_tokenizer.tokenize if tokenizer.do_subword_tokenize else lambda word: [word]
+    exact = {name: number for number, name in enumerate(names)}
+    by_value = {without_zero(name): number for number, name in enumerate(names)}
+    truth = {name.casefold(): number for number, name in enumerate(names)}
+    if truth.keys() == {"true", "false"}:
+        by_value |= {"1": truth["true"], "0": truth["false"]}
+    return lambda label: exact.get(label, by_value.get(without_zero(label)))
 
-    @functools.lru_cache(1 << 18)
-    def pieces(word):
-        return (tokenizer.mask_token_id,) if word is None else tuple(tokenizer.convert_tokens_to_ids(cut(word.strip())))
+def spelled(label):
+    """A label as text, "" if there is none."""
+    return "" if label is None or label != label else str(label)
 
-    def ids(text):
-        if isinstance(text, str) and special.search(text):
-            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(bounded(text)))
-        already_cut = text if isinstance(text, list) else words(bounded(text), never_split=never_split)
-        return [piece for word in already_cut for piece in pieces(word)]
+def without_zero(label):
+    """A whole number without the .0 that pandas gives it where another is missing; any other text as it is."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
 
-    return ids
+# ── Data: token ids and batches ───────────────────────────────────────────────────────────────────────
 
-def cuts_words(tokenizer):
-    return isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.do_word_tokenize
+def tokenize(data, tokenizer, student_tokenizer=None):
+    """Texts → input_ids (, token_type_ids), length, and key, a name for these ids. Nothing is padded here.
+
+    A student with a tokenizer of its own finds its ids beside them, in columns that begin with student_.
+    """
+    def add(batch, columns, tokenizers, max_length):  # takes all that it needs: it may run in another process
+        made, *others = (encode([batch[column] for column in columns], one, max_length) for one in tokenizers)
+        keys = {"key": [digest(*row) for row in zip(*(made[name] for name in made if name.endswith("ids")))]}
+        return made | keys | {f"student_{name}": values for other in others for name, values in other.items()}
+
+    tokenizers = [tokenizer] + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))
+    given = dict(columns=text_columns(), tokenizers=tokenizers, max_length=MAX_LENGTH)
+    for split, rows in data.items():
+        helpers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // processes()) or None
+        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=helpers, fn_kwargs=given)
+    lengths, cut = (np.concatenate([column(rows, name) for rows in data.values()]) for name in ("length", "cut"))
+    say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
+        f"cut to MAX_LENGTH = {MAX_LENGTH}")
+    unknown = {split: column(rows, "unknown").sum() / column(rows, "length").sum() for split, rows in data.items()}
+    if shares := [f"{share:.1%} of {split}" for split, share in unknown.items() if share > UNKNOWN_SHARE]:
+        say("note", f"the vocabulary does not know many tokens ([UNK]): {', '.join(shares)}. Are these texts of the teacher's "
+            "language, and is the tokenizer, with its dictionary, the one that the teacher was trained with?")
+    say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
+    keys = {split: column(data[split], "key", "S24") for split in SPLITS}
+    for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
+        if shared := np.isin(keys[one], keys[other]).sum():
+            say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
+    return data
 
 def encode(texts, tokenizer, max_length):
     """The tokenizer's ids for `texts`, a list per text column; nothing is padded.
@@ -972,11 +1302,38 @@ def encode(texts, tokenizer, max_length):
     unknown = [ids.count(tokenizer.unk_token_id) for ids in columns["input_ids"]]
     return {**columns, "length": list(map(len, columns["input_ids"])), "unknown": unknown, "cut": cut}
 
-def scratch():
-    """The folder for what only this run of this process needs; it is emptied when a run begins and ends."""
-    folder = Path(CACHE, "distill_tmp", str(rank()))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@functools.lru_cache(2)
+def token_ids(tokenizer):
+    """A function: text → its token ids, without special tokens, exactly as this BertJapaneseTokenizer gives them.
+
+    The stock tokenizer cuts a word into pieces, in Python, each time it meets it. A word is always cut the same way,
+    so once is enough; what is left is mostly MeCab's time. Texts that spell out a special token go the stock way.
+    """
+    special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
+    never_split, words = tokenizer.all_special_tokens, tokenizer.word_tokenizer.tokenize
+    cut = tokenizer.subword_tokenizer.tokenize if tokenizer.do_subword_tokenize else lambda word: [word]
+
+    @functools.lru_cache(1 << 18)
+    def pieces(word):
+        return (tokenizer.mask_token_id,) if word is None else tuple(tokenizer.convert_tokens_to_ids(cut(word.strip())))
+
+    def ids(text):
+        if isinstance(text, str) and special.search(text):
+            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(bounded(text)))
+        already_cut = text if isinstance(text, list) else words(bounded(text), never_split=never_split)
+        return [piece for word in already_cut for piece in pieces(word)]
+
+    return ids
+
+def cuts_words(tokenizer):
+    return isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.do_word_tokenize
+
+def bounded(text):
+    """The text or, if it is very long, as much of it as MeCab takes: at some 100,000 characters it crashes."""
+    text = text[:LONGEST]
+    while len(text) > 1000 and len(unicodedata.normalize("NFKC", text)) > LONGEST:  # which can make 18 characters of 1
+        text = text[:len(text) // 2]
+    return text
 
 def map_rows(rows, function, **options):
     """Dataset.map into a file of its own in CACHE: it never takes an older result, and writes nothing beside DATA."""
@@ -986,34 +1343,11 @@ def map_rows(rows, function, **options):
     path = str(scratch() / f"{name}.arrow")
     return rows.map(function, batched=True, desc="texts", new_fingerprint=name, cache_file_name=path, **options)
 
-def tokenize(data, tokenizer, student_tokenizer=None):
-    """Texts → input_ids (, token_type_ids), length, and key, a name for these ids. Nothing is padded here.
-
-    A student with a tokenizer of its own finds its ids beside them, in columns that begin with student_.
-    """
-    def add(batch, columns, tokenizers, max_length):  # takes all that it needs: it may run in another process
-        made, *others = (encode([batch[column] for column in columns], one, max_length) for one in tokenizers)
-        keys = {"key": [digest(*row) for row in zip(*(made[name] for name in made if name.endswith("ids")))]}
-        return made | keys | {f"student_{name}": values for other in others for name, values in other.items()}
-
-    tokenizers = [tokenizer] + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))
-    given = dict(columns=text_columns(), tokenizers=tokenizers, max_length=MAX_LENGTH)
-    for split, rows in data.items():
-        helpers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // processes()) or None
-        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=helpers, fn_kwargs=given)
-    lengths, cut = (np.concatenate([column(rows, name) for rows in data.values()]) for name in ("length", "cut"))
-    say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
-        f"cut to MAX_LENGTH = {MAX_LENGTH}")
-    unknown = {split: column(rows, "unknown").sum() / column(rows, "length").sum() for split, rows in data.items()}
-    if shares := [f"{share:.1%} of {split}" for split, share in unknown.items() if share > UNKNOWN_SHARE]:
-        say("note", f"the vocabulary does not know many tokens ([UNK]): {', '.join(shares)}. Are these texts of the teacher's "
-            "language, and is the tokenizer, with its dictionary, the one that the teacher was trained with?")
-    say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
-    keys = {split: column(data[split], "key", "S24") for split in SPLITS}
-    for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
-        if shared := np.isin(keys[one], keys[other]).sum():
-            say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
-    return data
+def scratch():
+    """The folder for what only this run of this process needs; it is emptied when a run begins and ends."""
+    folder = Path(CACHE, "distill_tmp", str(rank()))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 def collate(rows, pad_token_id=0):
     """Rows of tokenize() → tensors, padded to the longest of these rows."""
@@ -1034,6 +1368,11 @@ def collate(rows, pad_token_id=0):
 def inputs_of(batch):
     return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
 
+def inference_loader(rows, collate_fn, tokens=None, take=list):
+    """The rows in batches for inference; `take` chooses among the batches."""
+    batches = list(longest_first(column(rows, "length"), tokens or TOKENS))
+    return DataLoader(rows, batch_sampler=take(batches), collate_fn=collate_fn)
+
 def longest_first(lengths, tokens):
     """Row numbers in batches: every row once, like lengths together, at most `tokens` in a batch, padding included."""
     order, start = np.argsort(-np.asarray(lengths), kind="stable"), 0
@@ -1041,11 +1380,6 @@ def longest_first(lengths, tokens):
         size = max(1, tokens // lengths[order[start]])
         yield order[start:start + size]
         start += size
-
-def inference_loader(rows, collate_fn, tokens=None, take=list):
-    """The rows in batches for inference; `take` chooses among the batches."""
-    batches = list(longest_first(column(rows, "length"), tokens or TOKENS))
-    return DataLoader(rows, batch_sampler=take(batches), collate_fn=collate_fn)
 
 def shuffled(lengths, batch_size, seed):
     """Row numbers for one epoch of training: batches of like length, in random order, the smaller last one last."""
@@ -1057,7 +1391,19 @@ def shuffled(lengths, batch_size, seed):
     batches = generator.permutation(order[:full].reshape(-1, batch_size))
     return np.concatenate([batches.ravel(), order[full:]])
 
-# ── Model ───────────────────────────────────────────────────────────────────────────────────────────────
+def classify(model, tokenizer, texts, tokens=None):
+    """Text to logits, (texts, classes), in the order of `texts`, a list per text column."""
+    return classify_encoded(model, tokenizer, encode(texts, tokenizer, tokenizer.model_max_length), tokens)
+
+def classify_encoded(model, tokenizer, columns, tokens=None):
+    """What encode() gives to logits, (texts, classes), in its order."""
+    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    batches = [batch.tolist() for batch in longest_first(columns["length"], tokens or TOKENS)]
+    collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
+    logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
+    return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
+
+# ── Speed: the same results in less time ──────────────────────────────────────────────────────────────
 
 class BertForSequenceClassification(transformers.BertForSequenceClassification):
     """transformers' class: the same parameters, structure, answers and gradients, but a last layer for one token.
@@ -1167,304 +1513,42 @@ class Attend(torch.autograd.Function):
         grad_x = torch.bmm(torch.cat([grad, p], 1).transpose(1, 2), torch.cat([score, grad_mean], 1))
         return grad_x, torch.bmm(grad, x), None, None
 
-# ── Teacher ─────────────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def only_used_rows(model, *splits):
+    """Inside, the model's word embeddings hold only the rows of the tokens in `splits`; at the end all are put back.
 
-FAMILIES = {  # a model's family → the METHODs for which its layers can be used
-    "bert": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
-    "roberta": ("none", "kd", "rail", "mate", "cilda", "cilda+minild"),
-    "bart": ("none", "kd", "rail", "mate", "cilda"),
-    **dict.fromkeys(["electra", "deberta-v2", "modernbert", "distilbert"], ("none", "kd")),
-}
-
-def classifier_class(config):
-    """The class of a classifier of this family: BERT's is the fast one above."""
-    return BertForSequenceClassification if config.model_type == "bert" else \
-        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-
-def load_config(name, setting="TEACHER"):
-    """The configuration of the model in the folder or hub repository `name`."""
-    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise Problem(f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). Save one into "
-                      "it with model.save_pretrained, or name another folder.")
-    if not os.path.isdir(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
-        advice = {"TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to have a teacher "
-                  "fine-tuned", "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name'}
-        raise Problem(f"{setting} = {name!r}: no such folder. {advice.get(setting, 'Name a folder or a hub model')}.")
-    with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
-        stay_inside(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind, outputs = str((config.architectures or ["?ForSequenceClassification"])[0]), config.num_labels
-    if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
-        able = ", ".join(family for family in FAMILIES if METHOD in FAMILIES[family])
-        raise Problem(f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} accepts {able}.")
-    if setting == "TEACHER" and not kind.endswith("ForSequenceClassification"):
-        raise Problem(f"TEACHER = {name!r}: is a {kind}; accepted is a fine-tuned …ForSequenceClassification. To "
-                      "fine-tune this model first, name it in TEACHER_BASE.")
-    if setting == "TEACHER" and (outputs < 2 or config.problem_type not in (None, "single_label_classification")):
-        raise Problem(f"TEACHER = {name!r}: {outputs} output(s), {config.problem_type or 'regression'}; accepted is a "
-                      "classifier that chooses one of two or more labels.")
-    if setting in ("TEACHER", "OUTPUT"):
-        names = checked_label_names(config, f"{setting} = {name!r}: its config.json")
-        config.id2label, config.label2id = dict(enumerate(names)), {label: number for number, label in enumerate(names)}
-    # How its last user wanted to run a model, not what it is: such flags would slow it down or change what it returns.
-    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
-    return config
-
-def checked_label_names(config, where):
-    """The label names of a classifier by output, as pipelines print them: from id2label. A Problem if label2id contradicts.
-
-    A label2id of other names (LABEL_0, … left from before the names were set), with its numbers as texts or turned
-    round, number to name, contradicts nothing. Where id2label has only LABEL_0, …, the names of label2id count.
+    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all would take much of a step.
+    The result is that of the plain run: the other rows have no gradient, so that AdamW would only decay them, all by
+    the same factor; a last row of ones, which nothing looks up, tells at the end which.
     """
-    outputs = range(config.num_labels)
-    names = [str(config.id2label.get(number)) for number in outputs]
-    if set(config.id2label) != set(outputs) or len(set(names)) < len(names):
-        raise Problem(f"{where} needs a different name in id2label for each of the outputs 0 to {len(outputs) - 1}; it has "
-                      f"{short_list([f'{number}: {label}' for number, label in config.id2label.items()])}.")
-    label2id = {str(name): str(number) for name, number in (config.label2id or {}).items()}
-    if names == [f"LABEL_{number}" for number in outputs] and not label2id.keys() & set(names):
-        by_number = {number: name for name, number in label2id.items()}
-        if set(by_number) == {str(number) for number in outputs}:
-            return [by_number[str(number)] for number in outputs]
-    output_of = {name: str(number) for number, name in enumerate(names)}
-    straight = [output_of[name] == number for name, number in label2id.items() if name in output_of]
-    turned = [output_of[name] == number for number, name in label2id.items() if name in output_of]
-    if (straight or turned) and not (straight and all(straight)) and not (turned and all(turned)):
-        raise Problem(f"{where} contradicts itself: id2label has {short_list([f'{number}: {name}' for number, name in enumerate(names)])}, "
-                      f"label2id {short_list([f'{name}: {number}' for name, number in label2id.items()])}. Correct the one that is "
-                      "wrong; id2label is what pipelines print.")
-    return names
+    whole = model.get_input_embeddings()
+    used = torch.zeros(whole.num_embeddings, dtype=torch.bool)
+    used[[] if whole.padding_idx is None else whole.padding_idx] = True
+    for rows in splits:
+        for batch in rows.select_columns("input_ids").with_format("numpy").iter(10_000):
+            used[np.concatenate(batch["input_ids"])] = True
+    place = used.cumsum(0) - 1  # of an id among the rows in use
+    rows = torch.cat([whole.weight[used], torch.ones_like(whole.weight[:1])]).detach()
+    padding_idx = None if whole.padding_idx is None else place[whole.padding_idx].item()
+    small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
+    small.register_forward_pre_hook(lambda module, ids: place[ids[0]])
+    model.set_input_embeddings(small)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            whole.weight *= small.weight[-1]
+            whole.weight[used] = small.weight[:-1]
+        model.set_input_embeddings(whole)
 
-def takes_types(config):
-    """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
-    return (getattr(config, "type_vocab_size", 0) or 0) > 1
+def clip_gradients(model, norm):
+    """Shorten the gradient, over all parameters, to at most `norm`: clip_grad_norm_, but with a faster norm."""
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    found = sum(torch.dot(grad.flatten(), grad.flatten()) for grad in grads).sqrt()
+    if found > norm:
+        torch._foreach_mul_(grads, norm / found)
 
-def most_tokens(config):
-    """How many tokens a model takes at most."""
-    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-    return getattr(config, "max_position_embeddings", 10**9) - offset
-
-def load_tokenizer(name, config, role="teacher"):
-    """The tokenizer in `name`, which must fit the model's `config`. It cuts texts to MAX_LENGTH, here and later."""
-    advice = 'Set TOKENIZER to the one the teacher was made with, e.g. "tohoku-nlp/bert-base-japanese-v3"' \
-        if role == "teacher" else "Save the one that the model was made with into its folder"
-    files = [file for pattern in ("vocab.*", "tokenizer.json", "*.model") for file in Path(name).glob(pattern)]
-    if os.path.exists(name) and not files:  # transformers would make an empty one, and say nothing
-        raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
-    with explain(f"the tokenizer in {name!r} cannot be loaded",
-                 f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
-        given = get_tokenizer_config(name)
-        if paths := [one for one in strings([given.get("mecab_kwargs"), given.get("sudachi_kwargs")]) if "/" in one]:
-            raise ValueError(f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        tokenizer.takes_types = takes_types(config)
-        encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)  # now, rather than after the data is read
-        if tokenizer.pad_token_id is None:
-            raise ValueError("it has no padding token")
-        if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-            raise ValueError("its vocabulary holds nothing but special tokens")
-        highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
-        raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
-                      f"{config.vocab_size - 1}. {advice}.")
-    if MAX_LENGTH > most_tokens(config):
-        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most_tokens(config)} tokens.")
-    tokenizer.model_max_length = MAX_LENGTH
-    if role == "teacher":
-        tell_guesses(tokenizer, name, given, config)
-    return tokenizer
-
-def refuse_early(config, tokenizer):
-    """Load and throw away what is needed only after the teacher's pass: what is wrong with it is told before."""
-    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
-        for callback in get_reporting_integration_callbacks([] if REPORT_TO == "none" else [REPORT_TO]):
-            callback()
-    source = config
-    if STUDENT_INIT not in ("teacher", "random"):
-        source = load_start(config).config
-    if STUDENT == "bert" and STUDENT_INIT != "random":
-        start_layers(source)
-    if METHOD in TERMS and "D′" in TERMS[METHOD] and GENERATOR is not None:
-        load_generator(tokenizer)
-
-def tell_guesses(tokenizer, name, given, config):
-    """Say where the library had to guess what the teacher's tokenizer was; `given`: its tokenizer_config.json."""
-    if not given.get("tokenizer_class") and not getattr(config, "tokenizer_class", None):
-        say("note", f"{name} does not name its tokenizer_class: texts are read by {type(tokenizer).__name__}. If the teacher was "
-            'trained with another, such as "BertJapaneseTokenizer", write that into its tokenizer_config.json')
-    uses_mecab = isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.word_tokenizer_type == "mecab"
-    saved_by = re.match(r"(\d+)\.(\d+)", str(config.transformers_version))
-    if uses_mecab and not (given.get("mecab_kwargs") or {}).get("mecab_dic") and (
-            not saved_by or (int(saved_by[1]), int(saved_by[2])) < (4, 46)):
-        say("note", f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. Before transformers "
-            f"4.46 (it was saved by {saved_by[0] if saved_by else 'an unknown version'}) it was ipadic; if the teacher was trained "
-            'with that, write "mecab_kwargs": {"mecab_dic": "ipadic"} into its tokenizer_config.json and pip install ipadic')
-
-def load_model(name, setting="TEACHER", config=None):
-    """The classifier in `name`, in eval mode and float32 (transformers 5 otherwise keeps the stored precision).
-
-    A teacher has to be whole, and is frozen. Another model may lack its head, or have one for other labels: the head
-    then starts random.
-    """
-    with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
-        config = config or load_config(name, setting)
-        model, info = classifier_class(config).from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
-            output_loading_info=True)
-        end = getattr(config, "eos_token_id", None) or 0  # without which BART does not run
-        model.eval()(input_ids=torch.full((1, 2), end))  # what does not fit is told now
-    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    if setting == "TEACHER" and missing:  # transformers would warn and go on with random weights
-        raise Problem(f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
-                      f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model; to fine-tune this one first, name it "
-                      "in TEACHER_BASE.")
-    unused = sorted(info["unexpected_keys"])
-    if setting == "TEACHER" and (other := [key for key in unused if re.search(r"layers?\.\d+\.", key)]):
-        raise Problem(f"TEACHER = {name!r}: its file holds layers, or parts of layers, that its config.json does not know "
-                      f"({', '.join(other[:3])}). Put the config.json there that was saved with these weights.")
-    if setting == "TEACHER" and unused:
-        say("note", f"{name} holds weights that a {type(model).__name__} does not use: {short_list(unused)}")
-    body = model.base_model_prefix + "."
-    if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
-        raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
-    return model.requires_grad_(setting != "TEACHER")
-
-@torch.inference_mode()
-def predict(model, loader):
-    """Run `model` over `loader`; yields (batch, logits (batch, classes), seconds of the forward pass)."""
-    model.eval()
-    for batch in loader:
-        start = time.perf_counter()
-        logits = model(**inputs_of(batch)).logits
-        yield batch, logits, time.perf_counter() - start
-
-def classify(model, tokenizer, texts, tokens=None):
-    """Text to logits, (texts, classes), in the order of `texts`, a list per text column."""
-    return classify_encoded(model, tokenizer, encode(texts, tokenizer, tokenizer.model_max_length), tokens)
-
-def classify_encoded(model, tokenizer, columns, tokens=None):
-    """What encode() gives to logits, (texts, classes), in its order."""
-    rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    batches = [batch.tolist() for batch in longest_first(columns["length"], tokens or TOKENS)]
-    collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
-    logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
-    return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
-
-def soft_temperature():
-    return 1 if METHOD in TERMS else TEMPERATURE
-
-def add_soft_labels(data, teacher, collate_fn):
-    """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for TERMS.
-
-    The logits are kept in CACHE under the teacher's weights and the token ids (that is, under text, tokenizer
-    and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
-    pass in which the teacher saw the sentences, each with its share of its batch.
-    """
-    path, rows = Path(CACHE, f"logits-{digest(teacher)}.pt"), datasets.concatenate_datasets(list(data.values()))
-    as_keys = lambda letters: letters.numpy().view("S24")[:, 0]  # keys are kept as (n, 24) letters
-    machine = zlib.crc32(hardware().encode())  # seconds are worth something on one machine only
-    no_answers = (torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0),
-                  torch.empty(0, dtype=torch.int64))
-    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds, machine
-    save = lambda: rank() == 0 and save_whole(path, [torch.cat(part) for part in zip(*answers)])
-    keys = column(rows, "key", "S24")
-    different, first = np.unique(keys, return_index=True)
-    if len(new := np.sort(first[~np.isin(different, as_keys(answers[0][0]))])):
-        loader, saved = inference_loader(rows.select(new), collate_fn, take=own), time.monotonic()
-        next(predict(teacher, loader), None)  # warm-up
-        mine = ((numbers, logits, seconds / len(numbers))
-                for numbers, (_, logits, seconds) in zip(loader.batch_sampler, predict(teacher, loader)))
-        try:
-            for _ in progress(range(from_main(lambda: len(loader))), desc="teacher"):
-                for numbers, logits, seconds in filter(None, from_all(next(mine, None))):
-                    letters = torch.from_numpy(keys[new[numbers]].view(np.uint8).reshape(-1, 24))
-                    answers.append((letters, logits, torch.full([len(numbers)], seconds), torch.full([len(numbers)], machine)))
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    save()
-                    saved = time.monotonic()
-        finally:
-            save()
-    say("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
-    letters, logits, seconds, machines = map(torch.cat, zip(*answers))
-    if (machines != machine).any():
-        say("note", "the teacher's seconds are from a run with another processor or number of threads, those of the student from "
-            f"this one; to compare them, delete {path}")
-    order = np.argsort(as_keys(letters), kind="stable")
-    soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)).numpy()
-
-    def add(batch):
-        at = order[np.searchsorted(as_keys(letters), np.array(batch["key"], "S24"), sorter=order)]
-        return {"soft_labels": soft_labels[at], "teacher_seconds": seconds.numpy()[at]}
-
-    return {split: map_rows(rows, add) for split, rows in data.items()}
-
-def check_teacher(rows, names, is_made):
-    """Say so where the teacher answers the training texts worse than no model at all would, before a student learns it."""
-    labels = column(rows, "labels")
-    answers = np.concatenate([np.argmax(part["soft_labels"], -1) for part in in_parts(rows, "soft_labels")])[labels != NO_LABEL]
-    labels = labels[labels != NO_LABEL]
-    counts = np.bincount(labels, minlength=len(names))
-    accuracy, share = (answers == labels).mean(), counts.max() / len(labels)
-    if accuracy < share:
-        say("note", f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} always would be right on "
-            f"{share:.1%}. Likely causes: its labels are in another order than those of the data; its tokenizer or MeCab dictionary "
-            "is not the one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
-            + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
-    elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
-        say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
-    if len(names) > 1000:  # too large a table for too little
-        return
-    confusion = np.bincount(labels * len(names) + answers, minlength=len(names)**2).reshape(len(names), -1)
-    own = confusion.diagonal()
-    exchanged = np.argwhere(np.triu((confusion > own[:, None]) & (confusion.T > own)))
-    for one, other in exchanged[:3]:
-        say("note", f"the teacher answers {names[one]} mostly with {names[other]}, and {names[other]} mostly with {names[one]}: are "
-            "these two labels exchanged?")
-
-# ── Student ─────────────────────────────────────────────────────────────────────────────────────────────
-
-INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
-    "first": lambda n, depth: range(n),
-    "middle": lambda n, depth: range((depth - n + 1) // 2, (depth - n + 1) // 2 + n),
-    "last": lambda n, depth: range(depth - n, depth),
-    "spread": lambda n, depth: [round(i * (depth - 1) / max(n - 1, 1)) for i in range(n)],
-}
-
-def build_student(teacher):
-    """A classifier of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT, whose family it has."""
-    source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
-    if STUDENT_INIT == "random":
-        return cut(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
-    return cut(source, classifier_class(source.config), start_layers(source.config), source.state_dict(), DROPOUT)
-
-def start_layers(config):
-    """The numbers of the layers that the student starts from; a Problem if there are not so many."""
-    depth = min(getattr(config, name) for name in DEPTHS if hasattr(config, name))
-    layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
-    if min(layers) < 0 or max(layers) >= depth:
-        raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
-                      f"0 to {depth - 1}.")
-    return layers
-
-DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
-
-def cut(source, kind, layers, weights, dropout=None):
-    """A `kind` like `source`, with these of its layers. Of `weights` it takes all that it has; the rest starts random."""
-    config = copy.deepcopy(source.config)
-    for name in DEPTHS:
-        if hasattr(config, name):
-            setattr(config, name, len(layers))
-    if getattr(config, "layer_types", None):  # ModernBERT's layers look near or far
-        config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in layers]
-    stock = {name: value for name, value in config.to_dict().items() if "dropout" in name and dropout is not None}
-    config.update(dict.fromkeys(stock, dropout))  # families name theirs differently
-    transformers.set_seed(SEED)
-    model = kind(config).to("cpu")
-    model.config.update(stock)  # who trains the student on finds what the source had
-    there = {name: re.sub(r"(?<=layer\.)\d+|(?<=layers\.)\d+", lambda number: str(layers[int(number[0])]), name)
-             for name in model.state_dict()}
-    model.load_state_dict({name: weights[other] for name, other in there.items() if other in weights}, strict=False)
-    return model
+# ── Student: word vectors refitted ────────────────────────────────────────────────────────────────────
 
 @torch.inference_mode()
 def refit_words(student, teacher, tokenizer, rows, collate_fn):
@@ -1510,490 +1594,7 @@ def words_in_context(teacher, depth, tokenizer, rows, collate_fn):
     size = (plain + places).std(-1, correction=0, keepdim=True)  # LayerNorm leaves it open: as it was
     return torch.where(counts > 0, F.layer_norm(states, states.shape[-1:], eps=0) * size - places, plain)
 
-# ── Loss and trainer ────────────────────────────────────────────────────────────────────────────────────
-
-def distillation_loss(logits, hard_labels, soft_labels=None):
-    """ALPHA * KL + (1 - ALPHA) * CE, a mean over the batch (Hinton et al. 2015, arXiv:1503.02531).
-
-    logits: the student's, (batch, classes). hard_labels: (batch,), NO_LABEL where there is none: for these texts
-    the loss is KL alone. soft_labels: the teacher's softmax(z_T / T), (batch, classes); without them the loss is CE
-    alone. T² keeps the gradients of the KL as large as those of the CE whatever T is; the sum over classes, unlike
-    a mean, does not shrink it with their number. LOGIT_LOSS = "mse": soft_labels are z_T, and the mean of
-    (z_S - z_T)² stands in place of KL (Tang et al. 2019, arXiv:1903.12136).
-    """
-    cross_entropy = F.cross_entropy(logits, hard_labels, ignore_index=NO_LABEL, reduction="none")
-    if soft_labels is None:
-        return cross_entropy.mean()
-    if LOGIT_LOSS == "mse":
-        soft = F.mse_loss(logits, soft_labels, reduction="none").mean(-1)
-    else:
-        soft = F.kl_div(F.log_softmax(logits / TEMPERATURE, -1), soft_labels, reduction="none").sum(-1) * TEMPERATURE**2
-    alpha = torch.where(hard_labels == NO_LABEL, 1, ALPHA)
-    return (alpha * soft + (1 - alpha) * cross_entropy).mean()
-
-class CustomTrainer(Trainer):
-    """A Trainer with the distillation loss, whose loaders keep soft_labels (the stock ones drop them)."""
-
-    generator, beside = None, {}  # of other methods: what else is trained, {name: module or optimizer}
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs_of(inputs))
-        loss = distillation_loss(outputs.logits, inputs["labels"], inputs.get("soft_labels"))
-        return (loss, outputs) if return_outputs else loss
-
-    def get_train_dataloader(self):
-        """Batches of like length, in an order that SEED and state.epoch decide; each process has a part of each."""
-        lengths, seed = column(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
-        order, size = shuffled(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
-        batches = [order[start:start + size] for start in range(0, len(order), size)]
-        return DataLoader(self.train_dataset, collate_fn=self.data_collator,
-                          batch_sampler=[own(batch) if len(own(batch)) else batch[:1] for batch in batches])
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        """Of the batches each process has every n-th."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return inference_loader(rows, self.data_collator, take=own)
-
-    def get_test_dataloader(self, test_dataset):
-        return inference_loader(test_dataset, self.data_collator)
-
-def make_trainer(model, data, collate_fn, epochs, learning_rate, patience, kind=CustomTrainer):
-    """A trainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
-    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
-        args = TrainingArguments(
-            output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
-            lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY,
-            max_grad_norm=MAX_GRAD_NORM, per_device_train_batch_size=BATCH_SIZE,
-            eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-            metric_for_best_model="eval_loss", greater_is_better=False, remove_unused_columns=False,
-            dataloader_pin_memory=False, report_to=REPORT_TO, disable_tqdm=True, log_level="error")
-        trainer = kind(model=model, args=args, data_collator=collate_fn, train_dataset=data["train"],
-                       eval_dataset=data["val"], callbacks=[EarlyStoppingCallback(patience)])
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-# ── Training ────────────────────────────────────────────────────────────────────────────────────────────
-
-@contextlib.contextmanager
-def only_used_rows(model, *splits):
-    """Inside, the model's word embeddings hold only the rows of the tokens in `splits`; at the end all are put back.
-
-    Of a vocabulary of 32768 a training text uses a few thousand, and AdamW's pass over all would take much of a step.
-    The result is that of the plain run: the other rows have no gradient, so that AdamW would only decay them, all by
-    the same factor; a last row of ones, which nothing looks up, tells at the end which.
-    """
-    whole = model.get_input_embeddings()
-    used = torch.zeros(whole.num_embeddings, dtype=torch.bool)
-    used[[] if whole.padding_idx is None else whole.padding_idx] = True
-    for rows in splits:
-        for batch in rows.select_columns("input_ids").with_format("numpy").iter(10_000):
-            used[np.concatenate(batch["input_ids"])] = True
-    place = used.cumsum(0) - 1  # of an id among the rows in use
-    rows = torch.cat([whole.weight[used], torch.ones_like(whole.weight[:1])]).detach()
-    padding_idx = None if whole.padding_idx is None else place[whole.padding_idx].item()
-    small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
-    small.register_forward_pre_hook(lambda module, ids: place[ids[0]])
-    model.set_input_embeddings(small)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            whole.weight *= small.weight[-1]
-            whole.weight[used] = small.weight[:-1]
-        model.set_input_embeddings(whole)
-
-def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
-    """The epoch loop: returns the history, a dict per epoch, and leaves the best epoch's weights in trainer.model.
-
-    The file `checkpoint` holds after each epoch what is needed to go on. Random numbers are drawn anew from SEED
-    in each epoch, so that a run which was stopped ends bit for bit like one which was not. Ctrl-C ends training
-    in good order, with the best epoch so far; it is passed on if there is none, or without use_what_is_there.
-    """
-    model, args, callbacks = trainer.model, trainer.args, trainer.callback_handler
-    epochs = int(args.num_train_epochs)
-    settings = {name: globals()[name] for name in ACCEPTED
-                if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
-    data = (batch for rows in (trainer.train_dataset, trainer.eval_dataset)
-            for batch in in_parts(rows, *sorted({*rows.column_names} - {"teacher_seconds", "teacher_layers"})))
-    run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model,
-                      torch.__version__, data)
-    if len({*from_all(run_name)}) > 1:
-        raise Problem("the processes have different settings, data or teachers. Give all the same.")
-    ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
-    with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
-            contextlib.nullcontext():
-        steps = epochs * len(trainer.get_train_dataloader())
-        if steps <= WARMUP_STEPS:
-            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {steps} steps at most: the learning rate is never reached. "
-                "Lower it, or BATCH_SIZE")
-        trainer.create_optimizer_and_scheduler(num_training_steps=steps)
-        parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
-        now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
-        if now["run"] != run_name:
-            say("training", "settings or data differ from those of the last checkpoint: training starts anew")
-            now = {"run": run_name, "history": []}
-        if now["history"]:
-            say("training", f"goes on after epoch {len(now['history'])}")
-            for name, part in parts.items():
-                part.load_state_dict(now[name])
-        if processes() > 1:  # gradients become the mean over all; of a fast last layer, some parameters need none
-            trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-            trainer.model_wrapped = trainer.accelerator.prepare(model)
-        trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
-        print(" epoch   train loss     val loss   val accuracy         rate   seconds")
-        for row in now["history"]:
-            judge(trainer, row)
-        try:
-            while len(now["history"]) < epochs and not trainer.control.should_training_stop:
-                row = train_epoch(trainer, len(now["history"]) + 1)
-                row = from_main(lambda: row)  # so that all stop after the same epoch
-                best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
-                now = {"run": run_name, "history": now["history"] + [row], "best": best,
-                       **{name: part.state_dict() for name, part in parts.items()}}
-                if rank() == 0:
-                    save_whole(checkpoint, now)
-            if trainer.control.should_training_stop:
-                say("training", "stopped early: the validation loss no longer improves")
-        except KeyboardInterrupt:
-            if not now["history"] or not use_what_is_there or processes() > 1:
-                raise
-            say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
-        trainer.model_wrapped = model
-        callbacks.on_train_end(args, trainer.state, trainer.control)
-        model.load_state_dict(now["best"])
-        return now["history"]
-
-def clip_gradients(model, norm):
-    """Shorten the gradient, over all parameters, to at most `norm`: clip_grad_norm_, but with a faster norm."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    found = sum(torch.dot(grad.flatten(), grad.flatten()) for grad in grads).sqrt()
-    if found > norm:
-        torch._foreach_mul_(grads, norm / found)
-
-def training_step(trainer, batch, weight=1):
-    """One step of the optimizer; returns the loss of the batch, a mean. `weight`: of it, among the processes."""
-    loss = trainer.compute_loss(trainer.model_wrapped, batch)
-    trainer.accelerator.backward(loss * weight)
-    clip_gradients(trainer.model, trainer.args.max_grad_norm)
-    trainer.optimizer.step()
-    trainer.lr_scheduler.step()
-    trainer.optimizer.zero_grad()
-    trainer.state.global_step += 1
-    return loss.item()
-
-def train_epoch(trainer, epoch):
-    """One pass over the training data and one over the validation data; returns the epoch's row of the history."""
-    trainer.state.epoch = epoch
-    transformers.set_seed(SEED + epoch + 10_007 * rank())  # the processes' dropout differs
-    model, loader, start = trainer.model_wrapped.train(), trainer.get_train_dataloader(), time.perf_counter()
-    trainer.state.global_step, total, left = (epoch - 1) * len(loader), 0.0, len(trainer.train_dataset)
-    for batch in progress(loader, desc=f"epoch {epoch}"):
-        rate = trainer.lr_scheduler.get_last_lr()[0]
-        size = min(left, trainer.args.train_batch_size)
-        mine = len(own(range(size)))  # texts for this process; if it is none, it is given one all the same, weighed 0
-        total += training_step(trainer, batch, mine * processes() / size) * mine
-        left -= size
-        if not math.isfinite(total) and processes() == 1:  # several must all go on to the end of the epoch
-            break
-    seconds, val_total, right, model = time.perf_counter() - start, 0.0, 0, trainer.model.eval()
-    with torch.inference_mode():
-        for batch in trainer.get_eval_dataloader():
-            loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
-            val_total += loss.item() * len(outputs.logits)
-            right += (outputs.logits.argmax(-1) == batch["labels"]).sum().item() if "labels" in batch else math.nan
-    total, val_total, right = map(sum, zip(*from_all((total, val_total, right))))
-    if not math.isfinite(total + val_total):
-        raise Problem(f"the loss is not a number any more in epoch {epoch}. Lower LEARNING_RATE (now "
-                      f"{trainer.args.learning_rate}). What was saved before is still there.")
-    texts = len(trainer.eval_dataset)
-    return {"epoch": epoch, "train_loss": total / len(trainer.train_dataset), "val_loss": val_total / texts,
-            "val_accuracy": right / texts, "learning_rate": rate, "seconds": seconds}
-
-def judge(trainer, row):
-    """Show one epoch to the callbacks (early stopping, trackers), then to the user; True if it is the best so far.
-
-    EarlyStoppingCallback compares with state.best_metric, which only its caller updates: before on_evaluate, and
-    no epoch is ever seen to improve; never, and training does not stop.
-    """
-    metrics = {f"eval_{name[4:]}" if name.startswith("val_") else name: value for name, value in row.items()}
-    trainer.state.epoch = row["epoch"]
-    trainer.log(dict(metrics))
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-    is_best = trainer.state.best_metric is None or row["val_loss"] < trainer.state.best_metric
-    if is_best:
-        trainer.state.best_metric = row["val_loss"]
-    print("{epoch:6d} {train_loss:12.4f} {val_loss:12.4f} {val_accuracy:14.4f} {learning_rate:12.1e} {seconds:9.1f}"
-          .format(**row), "best" * is_best, flush=True)
-    return is_best
-
-# ── Plot, report, save ──────────────────────────────────────────────────────────────────────────────────
-
-def plot(history, best, path):
-    """Train and val loss per epoch; colours (Okabe and Ito's) and line styles that colour-blind people can tell."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, style, colour in ("train_loss", "o--", "#0072B2"), ("val_loss", "s-", "#D55E00"):
-        axes.plot([row["epoch"] for row in history], [row[name] for row in history], style, color=colour,
-                  label=name.replace("_", " "))
-    axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
-    kd = f" = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
-    axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD}; val: CE and KL alone)"
-                                              if METHOD in TERMS else " = CE"))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-def ratio(above, below):
-    """above / below; None where that is no number."""
-    return above / below if below else None
-
-def score(logits, labels, teacher_logits, seconds):
-    """Figures of one model on one split; logits are (n, classes), labels (n,), seconds the time of inference."""
-    predicted = logits.argmax(-1)
-    f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
-          for c in torch.cat([predicted, labels]).unique()]
-    share = lambda hits: hits.double().mean().item()
-    return {"examples": len(labels), "accuracy": share(predicted == labels), "macro_f1": share(torch.stack(f1)),
-            "agreement": share(predicted == teacher_logits.argmax(-1)),
-            "kl": F.kl_div(logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="batchmean",
-                           log_target=True).item(),
-            "seconds": seconds, "texts_per_second": ratio(len(labels), seconds)}
-
-def evaluate(trainer, data):
-    """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
-    splits = {"teacher": {}, "student": {}}
-    next(predict(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
-    for split, rows in data.items():
-        answers = predict(trainer.model, trainer.get_test_dataloader(rows))
-        answers = ((batch["labels"], batch["soft_labels"], logits, seconds) for batch, logits, seconds in answers)
-        labels, soft, logits, seconds = zip(*answers)
-        labels, soft = torch.cat(labels), torch.cat(soft)
-        teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_temperature()  # but for a constant
-        splits["teacher"][split] = score(teacher, labels, teacher, column(rows, "teacher_seconds").sum().item())
-        splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
-    return splits
-
-def hardware():
-    """The processor's name, and how many threads torch uses."""
-    ask = {"Darwin": "sysctl -n machdep.cpu.brand_string", "Linux": "grep -m1 'model name' /proc/cpuinfo"}
-    name = os.popen(ask.get(platform.system(), "")).read().split(":")[-1].strip() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-def public(value):
-    """A setting as others may see it: of a path to elsewhere only the last name."""
-    return Path(value).name if isinstance(value, str) and value.startswith(("~", "..", os.sep)) else value
-
-def table(report):
-    """The report as text."""
-    lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
-    for role in ("teacher", "student"):
-        lines += [f"{role:<8} {split:<6}{one['accuracy']:>9.4f}{one['macro_f1']:>10.4f}{one['agreement']:>11.4f}"
-                  f"{one['seconds']:>9.2f}{one['texts_per_second'] or math.nan:>9,.0f}"
-                  for split, one in report[role]["splits"].items()]
-    sizes = [f"{role} {report[role]['parameters']:,} parameters, {report[role]['bytes'] / 1e6:.1f} MB"
-             for role in ("teacher", "student")]
-    kept = "the teacher is right on no text, so that there is nothing to keep; the student" if report["kept"] is None else \
-        f"the student keeps {report['kept']:.1%} of the teacher's accuracy and"
-    return "\n".join([*lines, "; ".join(sizes), f"On test {kept} is {report['speedup'] or math.nan:.1f} times as fast",
-                      f"(without tokenization; {report['hardware']})."])
-
-CARD = """---
-language: ja
-pipeline_tag: text-classification
-library_name: transformers
----
-# A small text classifier ({STUDENT}), distilled
-
-Distilled from `{teacher}` on `{DATA}` by distill.py, METHOD {METHOD}, ALPHA {ALPHA}, TEMPERATURE {TEMPERATURE}; more is in report.json.
-It shares its teacher's faults: measure it on texts of your own before you rely on it.
-
-```
-python distill.py --output path/to/this/folder --predict "この店の料理は美味しい。"
-```
-
-A "bert" also loads like any model: `pipeline("text-classification", model="path/to/this/folder")`.
-
-```
-{table}
-```
-"""
-
-def write_report(report, folder):
-    new = Path(folder, "report.json.distill_new")
-    new.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(new, folder / "report.json")
-
-def weights_size(name):
-    """Bytes of the weights of the model in a folder or, as far as it was loaded, a hub repository."""
-    folder = Path(name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, local_files_only=True))
-    for pattern in r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin":
-        files = [file for file in folder.iterdir() if re.fullmatch(pattern, file.name)]
-        if files:
-            return sum(file.stat().st_size for file in files)
-    return None
-
-def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, splits, history, seconds):
-    """Write OUTPUT with all that belongs to it. Returns the report; what its keys mean stands in README.md."""
-    test, best = {role: splits[role]["test"] for role in splits}, min(history, key=lambda row: row["val_loss"])
-    report = {
-        "teacher": {"parameters": teacher.num_parameters(), "bytes": teacher_bytes, "splits": splits["teacher"]},
-        "student": {"parameters": trainer.model.num_parameters(), "bytes": None, "splits": splits["student"]},
-        "kept": ratio(test["student"]["accuracy"], test["teacher"]["accuracy"]),
-        "speedup": ratio(test["teacher"]["seconds"], test["student"]["seconds"]),
-        "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
-        "settings": {name: public(globals()[name]) for name in ACCEPTED},
-        "versions": {"python": platform.python_version(),
-                     **{module.__name__: module.__version__ for module in (torch, transformers, datasets)}},
-        "hardware": hardware(),
-    }
-
-    def more(new):
-        report["student"]["bytes"] = weights_size(new)
-        report["files"] = sorted([*os.listdir(new), "README.md", "history.csv", "loss.png", "report.json"])
-        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
-        lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
-        (new / "README.md").write_text(card, "utf-8")
-        write_report(report, new)
-        (new / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
-        plot(history, best, new / "loss.png")
-
-    save_folder(OUTPUT, trainer.model, tokenizer, more)
-    return report
-
-# ── Main ────────────────────────────────────────────────────────────────────────────────────────────────
-
-def clear():
-    """Remove what a run that was killed left half-written."""
-    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
-    for left in Path(CACHE).glob("*.distill_new"):
-        if left.is_file():
-            left.unlink()
-    tidy(OUTPUT)
-    if os.path.exists(TEACHER):  # it is made, and needs no lock any more
-        Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
-
-def rehearse_saving():
-    """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""
-    output = os.path.realpath(OUTPUT)
-    if left := [path for path in (f"{output}.distill_old", f"{output}.distill_new") if os.path.exists(path)]:
-        raise Problem(f"OUTPUT = {OUTPUT!r}: {left[0]}, left by an earlier run, cannot be deleted. Delete it, or name another.")
-    if os.path.exists(output):
-        if not os.access(output, os.W_OK | os.X_OK):
-            raise Problem(f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or name another.")
-        with explain(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
-                     f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one"):
-            os.rename(output, f"{output}.distill_old")
-            os.rename(f"{output}.distill_old", output)
-
-def run():
-    """The whole run, as the settings say. Returns the report; None in other processes than the first."""
-    seconds, laps = {}, [time.perf_counter()]
-    lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
-    from_main(clear)
-    from_main(rehearse_saving)
-    if processes() > 1:
-        say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
-    elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        say("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
-    name, recipe = find_teacher()
-    if DATA == "tests/sample" and name == TEACHER:
-        say("note", "DATA is still the sample; set it to your teacher's data")
-    config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
-    tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
-    refuse_early(config, tokenizer)
-    collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    data, label2id = load_data(None if recipe else config.label2id)
-    data |= more_text(data["train"], tokenizer)
-    student_tokenizer = load_student_tokenizer(tokenizer, data)
-    with explain("the student's tokenizer cannot be saved", "Save it anew with a current transformers, and name it in TOKENIZER"):
-        student_tokenizer.save_pretrained(scratch() / "tokenizer")  # rather than find out after training
-    data = tokenize(data, tokenizer, student_tokenizer)
-    lap("data")
-
-    if recipe:
-        make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
-        lap("making the teacher")
-    teacher = load_model(name)
-    with explain(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
-        teacher_bytes = weights_size(name) or 4 * teacher.num_parameters()
-    labelled = len(data["train"])
-    data = add_soft_labels(merge(data), teacher, collate_fn)
-    check_teacher(data["train"], list(label2id), bool(recipe))
-    lap("soft labels")
-
-    student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
-    if REFIT_WORDS and (STUDENT, STUDENT_INIT, teacher.config.model_type) == ("bert", "teacher", "bert"):
-        refit_words(student, teacher, tokenizer, data["train"], collate_fn)
-    if student_tokenizer is not tokenizer:
-        tokenizer, data = student_tokenizer, {split: with_student_ids(rows) for split, rows in data.items()}
-        collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
-    print(student)
-    say("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
-        f"{teacher.num_parameters():,}")
-    learning_rate = LEARNING_RATE if STUDENT == "bert" else BILSTM_LEARNING_RATE
-    trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE, METHODS[METHOD])
-    if METHOD in TERMS:
-        trainer.prepare(teacher, tokenizer)
-        lap("preparing the method")
-    history = train(trainer, Path(CACHE, "checkpoint.pt"))
-    lap("training")
-    if rank():  # the first evaluates and saves
-        return None
-
-    data["train"] = data["train"].select(range(labelled))
-    splits = evaluate(trainer, data)
-    lap("evaluation")
-    report = save_results(trainer, teacher, name, teacher_bytes, tokenizer, splits, history, seconds)
-    print(table(report))
-    if EXPORT:
-        export(student, data["test"], collate_fn, report)
-    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
-    say("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
-    return report
-
-def main(argv=None):
-    """The command: exit status 0 if a student was saved; else 1 and one message that says what to do."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every local file would be counted over the network
-    for stream in sys.stdout, sys.stderr:
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no character for a label ends no run
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        texts = read_command_line(argv)
-        normalize_paths()
-        if texts is not None:
-            return show_predictions(texts)
-        PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
-        from_main(check_settings)
-        with contextlib.ExitStack() as stack:
-            if rank():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            else:
-                stack.enter_context(alone())
-            run()
-    except Problem as problem:
-        sys.exit(f"distill.py: {problem}" if rank() == 0 else f"distill.py, process {rank()}: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
-    except RuntimeError as error:
-        if processes() == 1 or "onnection" not in str(error):
-            raise
-        sys.exit(f"distill.py, process {rank()}: stops, for another process has; that one's message tells why")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again where it flushes at its end
-        sys.exit("distill.py: the program that read its output has ended, so that it stops, too; the same command goes on from here")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        problem = full_disk(error) or (f"{where}{error.strerror or error}. What was saved before is still there; once this is put "
-                                       "right, the same command goes on from here.")
-        sys.exit(f"distill.py: {problem}")
-
-# ── Option: a teacher that is still to be made ──────────────────────────────────────────────────────────
+# ── Option: a teacher that is still to be made ────────────────────────────────────────────────────────
 
 def find_teacher():
     """(name, recipe): the teacher's folder or hub name; how to make it if it is not there yet, else None."""
@@ -2030,7 +1631,7 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
 
     from_main(save)
 
-# ── Option: more text for the teacher to label ──────────────────────────────────────────────────────────
+# ── Option: more text for the teacher to label ────────────────────────────────────────────────────────
 
 def more_text(rows, tokenizer):
     """{"unlabeled": …, "copies": …}, as far as the settings ask for them; `rows` are the training texts."""
@@ -2138,7 +1739,7 @@ def merge(data):
             data["train"] = datasets.concatenate_datasets([data["train"], rows])
     return data
 
-# ── Option: other students ──────────────────────────────────────────────────────────────────────────────
+# ── Option: other students ────────────────────────────────────────────────────────────────────────────
 
 def load_start(teacher_config):
     """The small pretrained model in STUDENT_INIT, made a classifier of the teacher's labels (the way of ERNIE-Tiny)."""
@@ -2270,7 +1871,7 @@ STUDENTS = {  # STUDENT → a function: teacher, the student's and the teacher's
     "bilstm": build_bilstm,
 }
 
-# ── Option: other methods ───────────────────────────────────────────────────────────────────────────────
+# ── Option: other methods ─────────────────────────────────────────────────────────────────────────────
 
 TERMS = {  # METHOD → its terms, in the order of its weights; ′ marks those of the rewritten sentences
     "rail": ("CE", "D", "RAIL"),
@@ -2523,7 +2124,7 @@ class HardLabelTrainer(CustomTrainer):
 
 METHODS = {"none": HardLabelTrainer, "kd": CustomTrainer, **dict.fromkeys(TERMS, MethodTrainer)}  # METHOD → trainer
 
-# ── Option: the student as a graph for other programs ───────────────────────────────────────────────────
+# ── Option: the student as a graph for other programs ─────────────────────────────────────────────────
 
 class Graph(torch.nn.Module):
     """input_ids, attention_mask (, token_type_ids), each (batch, length) → logits (batch, classes)."""
@@ -2609,7 +2210,7 @@ def new_folder():
     finally:
         shutil.rmtree(folder)
 
-# ── Option: from Python ─────────────────────────────────────────────────────────────────────────────────
+# ── Option: from Python ───────────────────────────────────────────────────────────────────────────────
 
 def load_student(folder):
     """A function predict(texts) → [{"label": name, "score": probability}, …], by the student saved in `folder`.
@@ -2680,6 +2281,7 @@ def show_predictions(texts):
             raise Problem(f"--predict: text {count + 1} is not UTF-8. Save the texts as UTF-8.")
 
 TERM = {"teacher": "logits", "student": "logits", "loss": "kl", "weight": 1.0, "temperature": 1.0}
+
 TERM_LOSSES = {  # name → a function: the student's tensor, the teacher's, temperature → a mean over the batch
     "kl": lambda student, teacher, t: F.kl_div(F.log_softmax(student / t, -1), F.softmax(teacher / t, -1),
                                                reduction="batchmean") * t**2,
@@ -2759,6 +2361,417 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
           watched(student, names("student")) as trainer.call_student):
         train(trainer, Path(CACHE, "distill.pt"), recipe=[teacher, *map(repr, terms)])
     return student.eval()
+
+# ── Settings: checks and command line ─────────────────────────────────────────────────────────────────
+
+def check_settings():
+    """Find every fault of the settings, and outputs that cannot be written, before anything slow begins."""
+    faults = [f"{name} = {globals()[name]!r}: must be {words}"
+              for name, (accepts, words) in ACCEPTED.items() if not accepts(globals()[name])]
+    if not faults:
+        faults += folder_faults()
+        names = [TEXT_COLUMN, LABEL_COLUMN] + [TEXT_PAIR_COLUMN] * (TEXT_PAIR_COLUMN is not None)
+        if len(set(names)) < len(names):
+            faults.append(f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN = "
+                          f"{LABEL_COLUMN!r}: must be different columns")
+        if "labels" in (TEXT_COLUMN, TEXT_PAIR_COLUMN):
+            faults.append("TEXT_COLUMN, TEXT_PAIR_COLUMN: must not be 'labels', which the script itself uses; rename this column")
+        if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
+            faults.append(f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"')
+        if QUANTIZE and EXPORT != "onnx":
+            faults.append(f'QUANTIZE = {QUANTIZE!r}: needs EXPORT = "onnx"')
+        missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
+        if EXPORT == "onnx" and missing:
+            faults.append(f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}")
+        if GENERATOR and not AUGMENT and "D′" not in TERMS.get(METHOD, ()):
+            faults.append(f'GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "mate" or "cilda"')
+        if METHOD in TERMS and STUDENT != "bert":
+            faults.append(f'METHOD = {METHOD!r}: needs STUDENT = "bert"')
+        if METHOD == "none" and (UNLABELED or AUGMENT):
+            faults.append(f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and AUGMENT")
+        if METHOD != "kd" and LOGIT_LOSS != "kl":
+            faults.append(f'LOGIT_LOSS = {LOGIT_LOSS!r}: needs METHOD = "kd"')
+        if METHOD in TERMS and processes() > 1:
+            faults.append(f'METHOD = {METHOD!r}: runs in one process; several accept "none" and "kd"')
+    if faults:
+        raise Problem("\n  ".join(["these settings must be put right:", *faults]))
+    make_cache()
+
+def folder_faults():
+    """What is wrong with OUTPUT, CACHE, and TEACHER where it is still to be made, as folders to write to: a list."""
+    output, faults = Path(os.path.realpath(OUTPUT)), []
+    kept = {"TEACHER": TEACHER, "DATA": DATA, "CACHE": CACHE, "UNLABELED": UNLABELED, "the working folder": os.getcwd(),
+            "distill.py": __file__}
+    inside = [name for name, path in kept.items() if path and Path(os.path.realpath(path)).is_relative_to(output)]
+    if inside:
+        faults.append(f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain them. Name another")
+    elif os.path.exists(output):
+        faults += [f"OUTPUT = {OUTPUT!r}: {fault}" for fault in foreign_files(output)]
+    written = {"OUTPUT": output.parent, "CACHE": Path(CACHE)}
+    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
+        written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
+    for name, folder in written.items():
+        try:
+            if globals()[name].startswith("~"):
+                raise OSError(errno.ENOENT, "no user of this name")
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            if name == "CACHE" and os.listdir(folder) and not {"CACHEDIR.TAG", "lock"} & set(os.listdir(folder)):
+                faults.append(f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might overwrite; name another")
+        except OSError as error:
+            faults.append(f"{name} = {globals()[name]!r}: cannot be written ({error.strerror}); name another")
+    return faults
+
+OUTPUT_FILES = re.compile(r"model.*\.safetensors|model\.safetensors\.index\.json|student.*\.(pt2|onnx)|.*(token|vocab).*\.(json|txt|model)|"
+                          r"(config|report)\.json|merges\.txt|.*\.model|README\.md|history\.csv|loss\.png")
+
+def foreign_files(output):
+    """Why OUTPUT, which is replaced as a whole, is left alone: a list of one text; empty if all in it is distill.py's."""
+    try:
+        names = {path.name for path in output.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")}
+        report = json.loads((output / "report.json").read_text("utf-8")) if names else {"student": {}}
+        if "student" not in report:
+            raise LookupError
+        written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))  # earlier versions did not name them
+        foreign = sorted(name for name in names - written if not name.endswith(".distill_new"))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return ["was not written by distill.py and is not overwritten; name another"]
+    return [f"holds {short_list(foreign)}, not written by distill.py, and is replaced as a whole; move this first, or name "
+            "another"] if foreign else []
+
+def make_cache():
+    """Make the folder CACHE, with the mark by which backups leave it out (bford.info/cachedir) and distill.py knows it."""
+    Path(CACHE).mkdir(parents=True, exist_ok=True)
+    mark = Path(CACHE, "CACHEDIR.TAG")
+    if not mark.exists():
+        mark.write_text("Signature: 8a477f597d28d172789f06886806bc55\n# made by distill.py; can be deleted at any time\n", "utf-8")
+
+class Problem(Exception):
+    """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
+
+def text(value):
+    """Is it a text: neither empty nor with half a character?"""
+    return isinstance(value, str) and value.strip() != "" and is_encodable(value)
+
+def is_encodable(value):
+    """Whether UTF-8 can hold a text: it has no half character (a lone surrogate)."""
+    return re.search("[\ud800-\udfff]", value) is None
+
+def a_name(value):
+    return text(value) and "\0" not in value
+
+def number(low, high=sys.float_info.max, kinds=(int, float)):
+    """A test: is a value a number of these kinds, low <= value <= high? NaN and infinity are not."""
+    return lambda value: type(value) in kinds and low <= value <= high
+
+def choice(*values):
+    return " or ".join(f'"{value}"' if value else "None" for value in values), values.__contains__
+
+def weights(count):  # with neither CE nor KL there would be no validation loss
+    return f"{count} numbers from 0, the first or the second above 0", lambda value: (
+        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
+
+ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
+    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", a_name),
+    ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
+     lambda value: value is None or a_name(value)),
+    ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
+     number(1, kinds=[int])),
+    ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
+    ("BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION", "a whole number from 1 to 10000", number(1, 10_000, [int])),
+    ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
+     "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
+    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
+    ("AUGMENT REFIT_WORDS", "a whole number from 0", number(0, kinds=[int])),
+    ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
+    ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
+    ("DROPOUT", "a number from 0, below 1, or None", lambda value: value is None or number(0, 0.999)(value)),
+    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", number(0, 1)),
+    ("TRAIN_FRACTION", "a number above 0, at most 1", number(sys.float_info.min, 1)),
+    ("METHOD", *choice("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
+    ("GENERATOR_WEIGHTS", *weights(2)),
+    ("RAIL_WEIGHTS MATE_WEIGHTS", *weights(3)),
+    ("CILDA_WEIGHTS", *weights(4)),
+    ("MINILD_WEIGHTS", *weights(6)),
+    ("STUDENT", *choice("bert", "bilstm")),
+    ("LOGIT_LOSS", *choice("kl", "mse")),
+    ("SCHEDULE", *choice("linear", "constant")),
+    ("BILSTM_WORDS", *choice("own", "teacher")),
+    ("EXPORT", *choice(None, "pt2", "onnx")),
+    ("QUANTIZE", *choice(None, "int8")),
+    ("INIT_LAYERS", '"first", "middle", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', lambda value: (
+        value in INIT if isinstance(value, str) else isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS
+        and all(map(number(0, kinds=[int]), value)))),
+] for name in names.split()}
+
+def read_command_line(argv):
+    """Change the settings that are given in `argv`, whose names, groups and help come from the block above.
+
+    Returns what follows --predict, a list; None without it.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predict", nargs="*", metavar="TEXT", help="only run the student in OUTPUT: a label and its "
+                        "probability for each TEXT or, without any, for each line of standard input")
+    group = parser
+    for line in re.split("\n# ── .*\n", Path(__file__).read_text("utf-8"))[1].splitlines():
+        if line.startswith("# "):
+            group = parser.add_argument_group(line[2:])
+        elif (setting := re.match(r"([A-Z_]+) = .+?(?:  # (.*))?$", line)) and setting[1] in ACCEPTED:
+            group.add_argument("--" + setting[1].lower().replace("_", "-"), default=argparse.SUPPRESS, metavar="…",
+                               help=f"{setting[2] or ''} [{globals()[setting[1]]}]".replace("%", "%%"))
+    options = vars(parser.parse_args(argv))
+    predict = options.pop("predict")
+    GIVEN.clear()
+    for name, given in options.items():
+        GIVEN.add(name.upper())
+        value, accepts = given, ACCEPTED[name.upper()][0]
+        with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
+            value = ast.literal_eval(re.sub(r"\b(\d+)/(\d+)\b", lambda part: str(int(part[1]) / int(part[2])), given))
+        globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
+    return predict
+
+GIVEN = set()  # the settings given on the command line
+SAMPLE_TEACHER = "./finetuned_bert_japanese"  # the TEACHER for which, as long as it is not there, a sample teacher stands in
+PATHS = "TEACHER", "TEACHER_BASE", "TOKENIZER", "DATA", "STUDENT_INIT", "OUTPUT", "CACHE", "UNLABELED", "GENERATOR"
+
+def normalize_paths():
+    """Expand ~ in every setting that may be a path, and drop slashes at its end. A hub name stays as it is."""
+    for name in PATHS:
+        if isinstance(globals()[name], str):
+            globals()[name] = normalize_path(globals()[name])
+
+def normalize_path(path):
+    path = os.path.expanduser(path)
+    while len(path) > 1 and path.endswith((os.sep, os.sep + ".")):
+        path = path[:-1]
+    return path
+
+@contextlib.contextmanager
+def explain(what, advice):
+    """Turn whatever a library raises inside the block into a Problem: what failed, why, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Problem):
+            raise
+        if problem := full_disk(error):
+            raise problem from error
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise Problem(f"{what}: {reason.splitlines()[0].rstrip('.:')}. {advice}.") from error
+
+def full_disk(error):
+    """A Problem if an error, or one that led to it, is the system's for a disk, quota or file that cannot grow; else None."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        found = re.search("No space left on device|File too large|quota exceeded", str(error), re.IGNORECASE)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or found:  # safetensors and pyarrow only tell it in words
+            reason = os.strerror(number) if number else found[0]
+            return Problem(f"{reason}. What was saved before is still there. Make room, or name another CACHE and OUTPUT; the "
+                           "same command goes on from here.")
+        error = error.__cause__ or error.__context__
+    return None
+
+# ── Files: written whole or not at all ────────────────────────────────────────────────────────────────
+
+def save_whole(path, content):
+    """Write tensors and plain values with a checksum; a kill at any moment leaves the old file or the new."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        with open(f"{path}.distill_new", "wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.distill_new", path)
+    finally:  # a disk that is full is not kept full
+        Path(f"{path}.distill_new").unlink(missing_ok=True)
+
+def load_whole(path):
+    """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
+    if not os.path.isfile(path):
+        return None
+    content = Path(path).read_bytes()
+    with contextlib.suppress(Exception):  # a pickle of something else, with the right checksum
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return torch.load(io.BytesIO(content[32:]), weights_only=True)
+    say("note", f"{path} is damaged: it is not used, and made anew")
+
+def file_digest(path):
+    state = hashlib.sha256()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+def save_folder(folder, model, tokenizer, more=lambda new: None):
+    """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
+    name, folder = folder, os.path.realpath(folder)  # of a link, what it points to is replaced
+    new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
+    tidy(folder)
+    try:
+        with explain(f"{name} cannot be written", "What was saved before is still there; the same command goes on from here"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            more(new)
+            for file in new.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            if os.path.exists(folder):
+                os.rename(folder, old)
+            os.rename(new, folder)
+    finally:
+        tidy(folder)
+
+def tidy(folder):
+    """Put right what a kill or a full disk inside save_folder left."""
+    folder = os.path.realpath(folder)
+    if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
+        os.rename(f"{folder}.distill_old", folder)
+    for left in ".distill_new", ".distill_old":
+        shutil.rmtree(f"{folder}{left}", ignore_errors=True)
+
+def clear():
+    """Remove what a run that was killed left half-written."""
+    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
+    for left in Path(CACHE).glob("*.distill_new"):
+        if left.is_file():
+            left.unlink()
+    tidy(OUTPUT)
+    if os.path.exists(TEACHER):  # it is made, and needs no lock any more
+        Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
+
+def rehearse_saving():
+    """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""
+    output = os.path.realpath(OUTPUT)
+    if left := [path for path in (f"{output}.distill_old", f"{output}.distill_new") if os.path.exists(path)]:
+        raise Problem(f"OUTPUT = {OUTPUT!r}: {left[0]}, left by an earlier run, cannot be deleted. Delete it, or name another.")
+    if os.path.exists(output):
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise Problem(f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or name another.")
+        with explain(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
+                     f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one"):
+            os.rename(output, f"{output}.distill_old")
+            os.rename(f"{output}.distill_old", output)
+
+@contextlib.contextmanager
+def alone():
+    """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
+    locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock")}
+    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
+        locks["TEACHER"] = Path(f"{os.path.realpath(TEACHER)}.distill_lock")
+    with contextlib.ExitStack() as stack:
+        for name, path in locks.items():
+            try:
+                stack.enter_context(filelock.FileLock(path, blocking=False))
+            except filelock.Timeout:
+                raise Problem(f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or name "
+                              "another CACHE and another OUTPUT.") from None
+        for name in locks.keys() - {"CACHE"}:
+            stack.callback(locks[name].unlink, missing_ok=True)
+        yield
+
+def strings(value):
+    """All texts among the values of what json.loads gave."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [one for part in inner for one in strings(part)]
+
+def stay_inside(folder):
+    """A Problem if an index of files in `folder`, which may come from a stranger, names one outside it."""
+    patterns = "*.index.json", "dataset_dict.json", "**/state.json"
+    for index in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
+        if out := [one for one in strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
+            raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or "
+                          "delete it.")
+
+def digest(*parts):
+    """A short name for contents: a model's configuration and weights, what an iterator gives, any value by its repr."""
+    state = hashlib.sha256()
+    for part in itertools.chain.from_iterable(part if isinstance(part, Iterator) else [part] for part in parts):
+        if isinstance(part, torch.nn.Module):
+            for tensor in part.state_dict().values():
+                state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            config = part.config.to_dict() if isinstance(part, transformers.PreTrainedModel) else {}
+            part = {name: value for name, value in config.items() if name != "transformers_version"}
+        state.update(repr(part).encode("utf-8", "surrogatepass"))
+    return state.hexdigest()[:24]
+
+def say(stage, message):
+    print(f"{stage:<9} {message}", flush=True)
+
+def progress(steps, **options):
+    """`steps`, with a bar on a terminal that tells the time that remains."""
+    return tqdm(steps, leave=False, disable=None if rank() == 0 else True, **options)
+
+# ── Processes: one, or several that share the work (torchrun, or accelerate with mpirun) ──────────────
+
+def rank():
+    """The number of this process; 0 is the one that reads the caches, writes and speaks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+def processes():
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+def own(things):
+    """This process's share of a list or an array: every n-th."""
+    return things[rank()::processes()]
+
+def from_main(make):
+    """What make() gives in process 0, for all; the others wait for it."""
+    made = [make() if rank() == 0 else None]
+    if processes() > 1:
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+def from_all(thing):
+    """[thing of process 0, of process 1, …], for all."""
+    things = [thing] * processes()
+    if processes() > 1:
+        torch.distributed.all_gather_object(things, thing)
+    return things
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────
+
+def main(argv=None):
+    """The command: exit status 0 if a student was saved; else 1 and one message that says what to do."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every local file would be counted over the network
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no character for a label ends no run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        texts = read_command_line(argv)
+        normalize_paths()
+        if texts is not None:
+            return show_predictions(texts)
+        PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
+        from_main(check_settings)
+        with contextlib.ExitStack() as stack:
+            if rank():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            else:
+                stack.enter_context(alone())
+            run()
+    except Problem as problem:
+        sys.exit(f"distill.py: {problem}" if rank() == 0 else f"distill.py, process {rank()}: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
+    except RuntimeError as error:
+        if processes() == 1 or "onnection" not in str(error):
+            raise
+        sys.exit(f"distill.py, process {rank()}: stops, for another process has; that one's message tells why")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again where it flushes at its end
+        sys.exit("distill.py: the program that read its output has ended, so that it stops, too; the same command goes on from here")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        problem = full_disk(error) or (f"{where}{error.strerror or error}. What was saved before is still there; once this is put "
+                                       "right, the same command goes on from here.")
+        sys.exit(f"distill.py: {problem}")
 
 if __name__ == "__main__":
     main()
