@@ -112,24 +112,24 @@ def run():
     """The whole run, as the settings say. Returns the report; None in other processes than the first."""
     seconds, laps = {}, [time.perf_counter()]
     lap = lambda stage: laps.append(time.perf_counter()) or seconds.update({stage: laps[-1] - laps[-2]})
-    from_main(clear)
-    from_main(rehearse_saving)
-    if processes() > 1:
-        say("note", f"{processes()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
+    on_main_process(clear_temporary_files)
+    on_main_process(check_output_replaceable)
+    if world_size() > 1:
+        log("note", f"{world_size()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        say("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
+        log("note", "accelerate starts one process on a CPU without --mpirun_hostfile; torchrun starts several")
     name, recipe = find_teacher()
     if DATA == "tests/sample" and name == TEACHER:
-        say("note", "DATA is still the sample; set it to your teacher's data")
+        log("note", "DATA is still the sample; set it to your teacher's data")
     config = load_config(recipe[0], "TEACHER_BASE") if recipe else load_config(name)
     tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
-    refuse_early(config, tokenizer)
+    check_later_stages(config, tokenizer)
     collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     data, label2id = load_data(None if recipe else config.label2id)
-    data |= more_text(data["train"], tokenizer)
+    data |= load_extra_texts(data["train"], tokenizer)
     student_tokenizer = load_student_tokenizer(tokenizer, data)
-    with explain("the student's tokenizer cannot be saved", "Save it anew with a current transformers, and name it in TOKENIZER"):
-        student_tokenizer.save_pretrained(scratch() / "tokenizer")  # rather than find out after training
+    with as_problem("the student's tokenizer cannot be saved", "Save it anew with a current transformers, and name it in TOKENIZER"):
+        student_tokenizer.save_pretrained(scratch_folder() / "tokenizer")  # rather than find out after training
     data = tokenize(data, tokenizer, student_tokenizer)
     lap("data")
 
@@ -137,10 +137,10 @@ def run():
         make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn)
         lap("making the teacher")
     teacher = load_model(name)
-    with explain(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
-        teacher_bytes = weights_size(name) or 4 * teacher.num_parameters()
+    with as_problem(f"TEACHER = {name!r}: its files cannot be listed", "Download it into a folder and name that"):
+        teacher_bytes = weight_bytes(name) or 4 * teacher.num_parameters()
     labelled = len(data["train"])
-    data = add_soft_labels(merge(data), teacher, collate_fn)
+    data = add_soft_labels(merge_extra_texts(data), teacher, collate_fn)
     check_teacher(data["train"], list(label2id), bool(recipe))
     lap("soft labels")
 
@@ -148,14 +148,14 @@ def run():
     if REFIT_WORDS and (STUDENT, STUDENT_INIT, teacher.config.model_type) == ("bert", "teacher", "bert"):
         refit_words(student, teacher, tokenizer, data["train"], collate_fn)
     if student_tokenizer is not tokenizer:
-        tokenizer, data = student_tokenizer, {split: with_student_ids(rows) for split, rows in data.items()}
+        tokenizer, data = student_tokenizer, {split: use_student_ids(rows) for split, rows in data.items()}
         collate_fn = functools.partial(collate, pad_token_id=tokenizer.pad_token_id)
     print(student)
-    say("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
+    log("student", f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
         f"{teacher.num_parameters():,}")
     learning_rate = LEARNING_RATE if STUDENT == "bert" else BILSTM_LEARNING_RATE
     trainer = make_trainer(student, data, collate_fn, EPOCHS, learning_rate, PATIENCE, METHODS[METHOD])
-    if METHOD in TERMS:
+    if METHOD in METHOD_TERMS:
         trainer.prepare(teacher, tokenizer)
         lap("preparing the method")
     history = train(trainer, Path(CACHE, "checkpoint.pt"))
@@ -167,18 +167,18 @@ def run():
     splits = evaluate(trainer, data)
     lap("evaluation")
     report = save_results(trainer, teacher, name, teacher_bytes, tokenizer, splits, history, seconds)
-    print(table(report))
+    print(format_report(report))
     if EXPORT:
         export(student, data["test"], collate_fn, report)
     shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
-    say("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
-    say("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
+    log("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items()))
+    log("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
     return report
 
 # ── Teacher: soft labels ──────────────────────────────────────────────────────────────────────────────
 
 def add_soft_labels(data, teacher, collate_fn):
-    """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for TERMS.
+    """Give every split the columns soft_labels, softmax(z_T / T), and teacher_seconds. T is TEMPERATURE, 1 for METHOD_TERMS.
 
     The logits are kept in CACHE under the teacher's weights and the token ids (that is, under text, tokenizer
     and MAX_LENGTH at once): no sentence is run twice, in this run or a later one. The seconds are those of the
@@ -189,18 +189,18 @@ def add_soft_labels(data, teacher, collate_fn):
     machine = zlib.crc32(hardware().encode())  # seconds are worth something on one machine only
     no_answers = (torch.empty(0, 24, dtype=torch.uint8), torch.empty(0, teacher.config.num_labels), torch.empty(0),
                   torch.empty(0, dtype=torch.int64))
-    answers = [from_main(lambda: load_whole(path)) or no_answers]  # parts: letters, logits, seconds, machine
-    save = lambda: rank() == 0 and save_whole(path, [torch.cat(part) for part in zip(*answers)])
-    keys = column(rows, "key", "S24")
+    answers = [on_main_process(lambda: load_checked(path)) or no_answers]  # parts: letters, logits, seconds, machine
+    save = lambda: rank() == 0 and save_checked(path, [torch.cat(part) for part in zip(*answers)])
+    keys = column_array(rows, "key", "S24")
     different, first = np.unique(keys, return_index=True)
     if len(new := np.sort(first[~np.isin(different, as_keys(answers[0][0]))])):
-        loader, saved = inference_loader(rows.select(new), collate_fn, take=own), time.monotonic()
-        next(predict(teacher, loader), None)  # warm-up
+        loader, saved = inference_loader(rows.select(new), collate_fn, take=shard), time.monotonic()
+        next(timed_logits(teacher, loader), None)  # warm-up
         mine = ((numbers, logits, seconds / len(numbers))
-                for numbers, (_, logits, seconds) in zip(loader.batch_sampler, predict(teacher, loader)))
+                for numbers, (_, logits, seconds) in zip(loader.batch_sampler, timed_logits(teacher, loader)))
         try:
-            for _ in progress(range(from_main(lambda: len(loader))), desc="teacher"):
-                for numbers, logits, seconds in filter(None, from_all(next(mine, None))):
+            for _ in progress_bar(range(on_main_process(lambda: len(loader))), desc="teacher"):
+                for numbers, logits, seconds in filter(None, gather_from_all(next(mine, None))):
                     letters = torch.from_numpy(keys[new[numbers]].view(np.uint8).reshape(-1, 24))
                     answers.append((letters, logits, torch.full([len(numbers)], seconds), torch.full([len(numbers)], machine)))
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -208,25 +208,25 @@ def add_soft_labels(data, teacher, collate_fn):
                     saved = time.monotonic()
         finally:
             save()
-    say("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
+    log("teacher", f"labelled {len(new):,} texts; {len(different) - len(new):,} were in the cache")
     letters, logits, seconds, machines = map(torch.cat, zip(*answers))
     if (machines != machine).any():
-        say("note", "the teacher's seconds are from a run with another processor or number of threads, those of the student from "
+        log("note", "the teacher's seconds are from a run with another processor or number of threads, those of the student from "
             f"this one; to compare them, delete {path}")
     order = np.argsort(as_keys(letters), kind="stable")
-    soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_temperature(), -1)).numpy()
+    soft_labels = (logits if LOGIT_LOSS == "mse" else F.softmax(logits / soft_label_temperature(), -1)).numpy()
 
     def add(batch):
         at = order[np.searchsorted(as_keys(letters), np.array(batch["key"], "S24"), sorter=order)]
         return {"soft_labels": soft_labels[at], "teacher_seconds": seconds.numpy()[at]}
 
-    return {split: map_rows(rows, add) for split, rows in data.items()}
+    return {split: map_to_cache(rows, add) for split, rows in data.items()}
 
-def soft_temperature():
-    return 1 if METHOD in TERMS else TEMPERATURE
+def soft_label_temperature():
+    return 1 if METHOD in METHOD_TERMS else TEMPERATURE
 
 @torch.inference_mode()
-def predict(model, loader):
+def timed_logits(model, loader):
     """Run `model` over `loader`; yields (batch, logits (batch, classes), seconds of the forward pass)."""
     model.eval()
     for batch in loader:
@@ -238,10 +238,10 @@ def predict(model, loader):
 
 def build_student(teacher):
     """A classifier of NUM_LAYERS layers, like the teacher or the model in STUDENT_INIT, whose family it has."""
-    source = teacher if STUDENT_INIT in ("teacher", "random") else load_start(teacher.config)
+    source = teacher if STUDENT_INIT in ("teacher", "random") else load_student_init(teacher.config)
     if STUDENT_INIT == "random":
-        return cut(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
-    return cut(source, classifier_class(source.config), start_layers(source.config), source.state_dict(), DROPOUT)
+        return copy_with_layers(source, classifier_class(source.config), range(NUM_LAYERS), {}, DROPOUT)
+    return copy_with_layers(source, classifier_class(source.config), layers_to_copy(source.config), source.state_dict(), DROPOUT)
 
 INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
     "first": lambda n, depth: range(n),
@@ -250,21 +250,21 @@ INIT = {  # INIT_LAYERS → which n of a teacher's layers 0 to depth - 1
     "spread": lambda n, depth: [round(i * (depth - 1) / max(n - 1, 1)) for i in range(n)],
 }
 
-def start_layers(config):
+def layers_to_copy(config):
     """The numbers of the layers that the student starts from; a Problem if there are not so many."""
-    depth = min(getattr(config, name) for name in DEPTHS if hasattr(config, name))
+    depth = min(getattr(config, name) for name in DEPTH_KEYS if hasattr(config, name))
     layers = [*(INIT[INIT_LAYERS](NUM_LAYERS, depth) if isinstance(INIT_LAYERS, str) else INIT_LAYERS)]
     if min(layers) < 0 or max(layers) >= depth:
         raise Problem(f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has layers "
                       f"0 to {depth - 1}.")
     return layers
 
-DEPTHS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
+DEPTH_KEYS = "num_hidden_layers", "encoder_layers", "decoder_layers"  # BART's encoder and decoder are cut alike
 
-def cut(source, kind, layers, weights, dropout=None):
+def copy_with_layers(source, kind, layers, weights, dropout=None):
     """A `kind` like `source`, with these of its layers. Of `weights` it takes all that it has; the rest starts random."""
     config = copy.deepcopy(source.config)
-    for name in DEPTHS:
+    for name in DEPTH_KEYS:
         if hasattr(config, name):
             setattr(config, name, len(layers))
     if getattr(config, "layer_types", None):  # ModernBERT's layers look near or far
@@ -312,23 +312,23 @@ class CustomTrainer(Trainer):
 
     def get_train_dataloader(self):
         """Batches of like length, in an order that SEED and state.epoch decide; each process has a part of each."""
-        lengths, seed = column(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
-        order, size = shuffled(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
+        lengths, seed = column_array(self.train_dataset, "length"), SEED + int(self.state.epoch or 0)
+        order, size = length_grouped_order(lengths, self.args.train_batch_size, seed), self.args.train_batch_size
         batches = [order[start:start + size] for start in range(0, len(order), size)]
         return DataLoader(self.train_dataset, collate_fn=self.data_collator,
-                          batch_sampler=[own(batch) if len(own(batch)) else batch[:1] for batch in batches])
+                          batch_sampler=[shard(batch) if len(shard(batch)) else batch[:1] for batch in batches])
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Of the batches each process has every n-th."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return inference_loader(rows, self.data_collator, take=own)
+        return inference_loader(rows, self.data_collator, take=shard)
 
     def get_test_dataloader(self, test_dataset):
         return inference_loader(test_dataset, self.data_collator)
 
 def make_trainer(model, data, collate_fn, epochs, learning_rate, patience, kind=CustomTrainer):
     """A trainer on the CPU. Of the stock Trainer it uses optimizer, schedule, callbacks and trackers."""
-    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
+    with as_problem(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
         args = TrainingArguments(
             output_dir=CACHE, use_cpu=True, seed=SEED, num_train_epochs=epochs, learning_rate=learning_rate,
             lr_scheduler_type=SCHEDULE, warmup_steps=WARMUP_STEPS, weight_decay=WEIGHT_DECAY,
@@ -355,50 +355,50 @@ def train(trainer, checkpoint, use_what_is_there=True, recipe=()):
     settings = {name: globals()[name] for name in ACCEPTED
                 if name not in ("OUTPUT", "CACHE", "REPORT_TO", "EXPORT", "QUANTIZE")}
     data = (batch for rows in (trainer.train_dataset, trainer.eval_dataset)
-            for batch in in_parts(rows, *sorted({*rows.column_names} - {"teacher_seconds", "teacher_layers"})))
+            for batch in iter_batches(rows, *sorted({*rows.column_names} - {"teacher_seconds", "teacher_layers"})))
     run_name = digest(settings, *recipe, *trainer.beside.values(), epochs, args.learning_rate, model,
                       torch.__version__, data)
-    if len({*from_all(run_name)}) > 1:
+    if len({*gather_from_all(run_name)}) > 1:
         raise Problem("the processes have different settings, data or teachers. Give all the same.")
     ours = isinstance(model, (BertForSequenceClassification, BiLSTM))  # others may use their embeddings otherwise
     with only_used_rows(model, trainer.train_dataset, trainer.eval_dataset) if ours and not trainer.generator else \
             contextlib.nullcontext():
         steps = epochs * len(trainer.get_train_dataloader())
         if steps <= WARMUP_STEPS:
-            say("note", f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {steps} steps at most: the learning rate is never reached. "
+            log("note", f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {steps} steps at most: the learning rate is never reached. "
                 "Lower it, or BATCH_SIZE")
         trainer.create_optimizer_and_scheduler(num_training_steps=steps)
         parts = {"model": model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler, **trainer.beside}
-        now = from_main(lambda: load_whole(checkpoint)) or {"run": run_name, "history": []}
+        now = on_main_process(lambda: load_checked(checkpoint)) or {"run": run_name, "history": []}
         if now["run"] != run_name:
-            say("training", "settings or data differ from those of the last checkpoint: training starts anew")
+            log("training", "settings or data differ from those of the last checkpoint: training starts anew")
             now = {"run": run_name, "history": []}
         if now["history"]:
-            say("training", f"goes on after epoch {len(now['history'])}")
+            log("training", f"goes on after epoch {len(now['history'])}")
             for name, part in parts.items():
                 part.load_state_dict(now[name])
-        if processes() > 1:  # gradients become the mean over all; of a fast last layer, some parameters need none
+        if world_size() > 1:  # gradients become the mean over all; of a fast last layer, some parameters need none
             trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
             trainer.model_wrapped = trainer.accelerator.prepare(model)
         trainer.control = callbacks.on_train_begin(args, trainer.state, trainer.control)
         print(" epoch   train loss     val loss   val accuracy         rate   seconds")
         for row in now["history"]:
-            judge(trainer, row)
+            record_epoch(trainer, row)
         try:
             while len(now["history"]) < epochs and not trainer.control.should_training_stop:
                 row = train_epoch(trainer, len(now["history"]) + 1)
-                row = from_main(lambda: row)  # so that all stop after the same epoch
-                best = copy.deepcopy(model.state_dict()) if judge(trainer, row) else now["best"]
+                row = on_main_process(lambda: row)  # so that all stop after the same epoch
+                best = copy.deepcopy(model.state_dict()) if record_epoch(trainer, row) else now["best"]
                 now = {"run": run_name, "history": now["history"] + [row], "best": best,
                        **{name: part.state_dict() for name, part in parts.items()}}
                 if rank() == 0:
-                    save_whole(checkpoint, now)
+                    save_checked(checkpoint, now)
             if trainer.control.should_training_stop:
-                say("training", "stopped early: the validation loss no longer improves")
+                log("training", "stopped early: the validation loss no longer improves")
         except KeyboardInterrupt:
-            if not now["history"] or not use_what_is_there or processes() > 1:
+            if not now["history"] or not use_what_is_there or world_size() > 1:
                 raise
-            say("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
+            log("training", "stopped by Ctrl-C: the best epoch so far is used; the same command goes on from here")
         trainer.model_wrapped = model
         callbacks.on_train_end(args, trainer.state, trainer.control)
         model.load_state_dict(now["best"])
@@ -410,13 +410,13 @@ def train_epoch(trainer, epoch):
     transformers.set_seed(SEED + epoch + 10_007 * rank())  # the processes' dropout differs
     model, loader, start = trainer.model_wrapped.train(), trainer.get_train_dataloader(), time.perf_counter()
     trainer.state.global_step, total, left = (epoch - 1) * len(loader), 0.0, len(trainer.train_dataset)
-    for batch in progress(loader, desc=f"epoch {epoch}"):
+    for batch in progress_bar(loader, desc=f"epoch {epoch}"):
         rate = trainer.lr_scheduler.get_last_lr()[0]
         size = min(left, trainer.args.train_batch_size)
-        mine = len(own(range(size)))  # texts for this process; if it is none, it is given one all the same, weighed 0
-        total += training_step(trainer, batch, mine * processes() / size) * mine
+        mine = len(shard(range(size)))  # texts for this process; if it is none, it is given one all the same, weighed 0
+        total += training_step(trainer, batch, mine * world_size() / size) * mine
         left -= size
-        if not math.isfinite(total) and processes() == 1:  # several must all go on to the end of the epoch
+        if not math.isfinite(total) and world_size() == 1:  # several must all go on to the end of the epoch
             break
     seconds, val_total, right, model = time.perf_counter() - start, 0.0, 0, trainer.model.eval()
     with torch.inference_mode():
@@ -424,7 +424,7 @@ def train_epoch(trainer, epoch):
             loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
             val_total += loss.item() * len(outputs.logits)
             right += (outputs.logits.argmax(-1) == batch["labels"]).sum().item() if "labels" in batch else math.nan
-    total, val_total, right = map(sum, zip(*from_all((total, val_total, right))))
+    total, val_total, right = map(sum, zip(*gather_from_all((total, val_total, right))))
     if not math.isfinite(total + val_total):
         raise Problem(f"the loss is not a number any more in epoch {epoch}. Lower LEARNING_RATE (now "
                       f"{trainer.args.learning_rate}). What was saved before is still there.")
@@ -443,7 +443,7 @@ def training_step(trainer, batch, weight=1):
     trainer.state.global_step += 1
     return loss.item()
 
-def judge(trainer, row):
+def record_epoch(trainer, row):
     """Show one epoch to the callbacks (early stopping, trackers), then to the user; True if it is the best so far.
 
     EarlyStoppingCallback compares with state.best_metric, which only its caller updates: before on_evaluate, and
@@ -465,18 +465,18 @@ def judge(trainer, row):
 def evaluate(trainer, data):
     """Accuracy and time per split: {"teacher": {split: figures}, "student": …}. The student sees each split once."""
     splits = {"teacher": {}, "student": {}}
-    next(predict(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
+    next(timed_logits(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
     for split, rows in data.items():
-        answers = predict(trainer.model, trainer.get_test_dataloader(rows))
+        answers = timed_logits(trainer.model, trainer.get_test_dataloader(rows))
         answers = ((batch["labels"], batch["soft_labels"], logits, seconds) for batch, logits, seconds in answers)
         labels, soft, logits, seconds = zip(*answers)
         labels, soft = torch.cat(labels), torch.cat(soft)
-        teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_temperature()  # but for a constant
-        splits["teacher"][split] = score(teacher, labels, teacher, column(rows, "teacher_seconds").sum().item())
-        splits["student"][split] = score(torch.cat(logits), labels, teacher, sum(seconds))
+        teacher = soft if LOGIT_LOSS == "mse" else soft.clamp(min=1e-38).log() * soft_label_temperature()  # but for a constant
+        splits["teacher"][split] = compute_metrics(teacher, labels, teacher, column_array(rows, "teacher_seconds").sum().item())
+        splits["student"][split] = compute_metrics(torch.cat(logits), labels, teacher, sum(seconds))
     return splits
 
-def score(logits, labels, teacher_logits, seconds):
+def compute_metrics(logits, labels, teacher_logits, seconds):
     """Figures of one model on one split; logits are (n, classes), labels (n,), seconds the time of inference."""
     predicted = logits.argmax(-1)
     f1 = [2 * ((predicted == c) & (labels == c)).sum() / ((predicted == c).sum() + (labels == c).sum())
@@ -501,21 +501,21 @@ def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, split
         "kept": ratio(test["student"]["accuracy"], test["teacher"]["accuracy"]),
         "speedup": ratio(test["teacher"]["seconds"], test["student"]["seconds"]),
         "epochs": len(history), "best_epoch": best["epoch"], "seconds": seconds,
-        "settings": {name: public(globals()[name]) for name in ACCEPTED},
+        "settings": {name: without_folders(globals()[name]) for name in ACCEPTED},
         "versions": {"python": platform.python_version(),
                      **{module.__name__: module.__version__ for module in (torch, transformers, datasets)}},
         "hardware": hardware(),
     }
 
     def more(new):
-        report["student"]["bytes"] = weights_size(new)
+        report["student"]["bytes"] = weight_bytes(new)
         report["files"] = sorted([*os.listdir(new), "README.md", "history.csv", "loss.png", "report.json"])
-        card = CARD.format(**report["settings"], teacher=public(teacher_name), table=table(report))
+        card = CARD.format(**report["settings"], teacher=without_folders(teacher_name), table=format_report(report))
         lines = [",".join(map(str, row)) for row in (best, *(row.values() for row in history))]
         (new / "README.md").write_text(card, "utf-8")
         write_report(report, new)
         (new / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
-        plot(history, best, new / "loss.png")
+        plot_losses(history, best, new / "loss.png")
 
     save_folder(OUTPUT, trainer.model, tokenizer, more)
     return report
@@ -524,7 +524,7 @@ def save_results(trainer, teacher, teacher_name, teacher_bytes, tokenizer, split
 
 # ── Report files: table, plot, model card ─────────────────────────────────────────────────────────────
 
-def table(report):
+def format_report(report):
     """The report as text."""
     lines = [f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}{'seconds':>9}{'texts/s':>9}"]
     for role in ("teacher", "student"):
@@ -538,7 +538,7 @@ def table(report):
     return "\n".join([*lines, "; ".join(sizes), f"On test {kept} is {report['speedup'] or math.nan:.1f} times as fast",
                       f"(without tokenization; {report['hardware']})."])
 
-def plot(history, best, path):
+def plot_losses(history, best, path):
     """Train and val loss per epoch; colours (Okabe and Ito's) and line styles that colour-blind people can tell."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -548,7 +548,7 @@ def plot(history, best, path):
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=f"best: epoch {best['epoch']}")
     kd = f" = {ALPHA:g} {LOGIT_LOSS.upper()} + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
     axes.set(xlabel="epoch", ylabel="loss" + (kd if METHOD == "kd" else f" ({METHOD}; val: CE and KL alone)"
-                                              if METHOD in TERMS else " = CE"))
+                                              if METHOD in METHOD_TERMS else " = CE"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -580,7 +580,7 @@ def write_report(report, folder):
     new.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     os.replace(new, folder / "report.json")
 
-def weights_size(name):
+def weight_bytes(name):
     """Bytes of the weights of the model in a folder or, as far as it was loaded, a hub repository."""
     folder = Path(name if os.path.isdir(name) else huggingface_hub.snapshot_download(name, local_files_only=True))
     for pattern in r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin":
@@ -589,7 +589,7 @@ def weights_size(name):
             return sum(file.stat().st_size for file in files)
     return None
 
-def public(value):
+def without_folders(value):
     """A setting as others may see it: of a path to elsewhere only the last name."""
     return Path(value).name if isinstance(value, str) and value.startswith(("~", "..", os.sep)) else value
 
@@ -622,8 +622,8 @@ def load_config(name, setting="TEACHER"):
         advice = {"TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to have a teacher "
                   "fine-tuned", "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name'}
         raise Problem(f"{setting} = {name!r}: no such folder. {advice.get(setting, 'Name a folder or a hub model')}.")
-    with explain(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
-        stay_inside(name)
+    with as_problem(f"{setting} = {name!r}: cannot be loaded", "Name a folder of model.save_pretrained, or a hub model"):
+        forbid_outside_paths(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind, outputs = str((config.architectures or ["?ForSequenceClassification"])[0]), config.num_labels
     if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
@@ -671,7 +671,7 @@ def takes_types(config):
     """Does a model tell the first text of a pair from the second by token types? BERT does, RoBERTa and others do not."""
     return (getattr(config, "type_vocab_size", 0) or 0) > 1
 
-def most_tokens(config):
+def max_tokens(config):
     """How many tokens a model takes at most."""
     offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
     return getattr(config, "max_position_embeddings", 10**9) - offset
@@ -683,10 +683,10 @@ def load_tokenizer(name, config, role="teacher"):
     files = [file for pattern in ("vocab.*", "tokenizer.json", "*.model") for file in Path(name).glob(pattern)]
     if os.path.exists(name) and not files:  # transformers would make an empty one, and say nothing
         raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
-    with explain(f"the tokenizer in {name!r} cannot be loaded",
+    with as_problem(f"the tokenizer in {name!r} cannot be loaded",
                  f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}"):
         given = get_tokenizer_config(name)
-        if paths := [one for one in strings([given.get("mecab_kwargs"), given.get("sudachi_kwargs")]) if "/" in one]:
+        if paths := [one for one in iter_strings([given.get("mecab_kwargs"), given.get("sudachi_kwargs")]) if "/" in one]:
             raise ValueError(f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.takes_types = takes_types(config)
@@ -699,37 +699,37 @@ def load_tokenizer(name, config, role="teacher"):
     if highest >= config.vocab_size:
         raise Problem(f"the tokenizer in {name!r} has ids up to {highest}, the {role} only 0 to "
                       f"{config.vocab_size - 1}. {advice}.")
-    if MAX_LENGTH > most_tokens(config):
-        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {most_tokens(config)} tokens.")
+    if MAX_LENGTH > max_tokens(config):
+        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {max_tokens(config)} tokens.")
     tokenizer.model_max_length = MAX_LENGTH
     if role == "teacher":
-        tell_guesses(tokenizer, name, given, config)
+        report_guessed_tokenizer(tokenizer, name, given, config)
     return tokenizer
 
-def tell_guesses(tokenizer, name, given, config):
+def report_guessed_tokenizer(tokenizer, name, given, config):
     """Say where the library had to guess what the teacher's tokenizer was; `given`: its tokenizer_config.json."""
     if not given.get("tokenizer_class") and not getattr(config, "tokenizer_class", None):
-        say("note", f"{name} does not name its tokenizer_class: texts are read by {type(tokenizer).__name__}. If the teacher was "
+        log("note", f"{name} does not name its tokenizer_class: texts are read by {type(tokenizer).__name__}. If the teacher was "
             'trained with another, such as "BertJapaneseTokenizer", write that into its tokenizer_config.json')
     uses_mecab = isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.word_tokenizer_type == "mecab"
     saved_by = re.match(r"(\d+)\.(\d+)", str(config.transformers_version))
     if uses_mecab and not (given.get("mecab_kwargs") or {}).get("mecab_dic") and (
             not saved_by or (int(saved_by[1]), int(saved_by[2])) < (4, 46)):
-        say("note", f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. Before transformers "
+        log("note", f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. Before transformers "
             f"4.46 (it was saved by {saved_by[0] if saved_by else 'an unknown version'}) it was ipadic; if the teacher was trained "
             'with that, write "mecab_kwargs": {"mecab_dic": "ipadic"} into its tokenizer_config.json and pip install ipadic')
 
-def refuse_early(config, tokenizer):
+def check_later_stages(config, tokenizer):
     """Load and throw away what is needed only after the teacher's pass: what is wrong with it is told before."""
-    with explain(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
+    with as_problem(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
         for callback in get_reporting_integration_callbacks([] if REPORT_TO == "none" else [REPORT_TO]):
             callback()
     source = config
     if STUDENT_INIT not in ("teacher", "random"):
-        source = load_start(config).config
+        source = load_student_init(config).config
     if STUDENT == "bert" and STUDENT_INIT != "random":
-        start_layers(source)
-    if METHOD in TERMS and "D′" in TERMS[METHOD] and GENERATOR is not None:
+        layers_to_copy(source)
+    if METHOD in METHOD_TERMS and "KL′" in METHOD_TERMS[METHOD] and GENERATOR is not None:
         load_generator(tokenizer)
 
 def load_model(name, setting="TEACHER", config=None):
@@ -738,7 +738,7 @@ def load_model(name, setting="TEACHER", config=None):
     A teacher has to be whole, and is frozen. Another model may lack its head, or have one for other labels: the head
     then starts random.
     """
-    with explain(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
+    with as_problem(f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"):
         config = config or load_config(name, setting)
         model, info = classifier_class(config).from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=setting != "TEACHER",
@@ -755,7 +755,7 @@ def load_model(name, setting="TEACHER", config=None):
         raise Problem(f"TEACHER = {name!r}: its file holds layers, or parts of layers, that its config.json does not know "
                       f"({', '.join(other[:3])}). Put the config.json there that was saved with these weights.")
     if setting == "TEACHER" and unused:
-        say("note", f"{name} holds weights that a {type(model).__name__} does not use: {short_list(unused)}")
+        log("note", f"{name} holds weights that a {type(model).__name__} does not use: {short_list(unused)}")
     body = model.base_model_prefix + "."
     if missing := sorted(key for key in missing if key.startswith(body) and ".pooler." not in key):
         raise Problem(f"{setting} = {name!r}: is no whole model: its file lacks {', '.join(missing[:4])}.")
@@ -763,25 +763,25 @@ def load_model(name, setting="TEACHER", config=None):
 
 def check_teacher(rows, names, is_made):
     """Say so where the teacher answers the training texts worse than no model at all would, before a student learns it."""
-    labels = column(rows, "labels")
-    answers = np.concatenate([np.argmax(part["soft_labels"], -1) for part in in_parts(rows, "soft_labels")])[labels != NO_LABEL]
+    labels = column_array(rows, "labels")
+    answers = np.concatenate([np.argmax(part["soft_labels"], -1) for part in iter_batches(rows, "soft_labels")])[labels != NO_LABEL]
     labels = labels[labels != NO_LABEL]
     counts = np.bincount(labels, minlength=len(names))
     accuracy, share = (answers == labels).mean(), counts.max() / len(labels)
     if accuracy < share:
-        say("note", f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} always would be right on "
+        log("note", f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} always would be right on "
             f"{share:.1%}. Likely causes: its labels are in another order than those of the data; its tokenizer or MeCab dictionary "
             "is not the one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
             + ("; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)" if is_made else ""))
     elif len(set(answers)) == 1 and (counts > 0).sum() > 1:
-        say("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
+        log("note", f"the teacher answers all texts of train with {names[answers[0]]}: there is nothing to learn from it")
     if len(names) > 1000:  # too large a table for too little
         return
     confusion = np.bincount(labels * len(names) + answers, minlength=len(names)**2).reshape(len(names), -1)
     own = confusion.diagonal()
     exchanged = np.argwhere(np.triu((confusion > own[:, None]) & (confusion.T > own)))
     for one, other in exchanged[:3]:
-        say("note", f"the teacher answers {names[one]} mostly with {names[other]}, and {names[other]} mostly with {names[one]}: are "
+        log("note", f"the teacher answers {names[one]} mostly with {names[other]}, and {names[other]} mostly with {names[one]}: are "
             "these two labels exchanged?")
 
 # ── Data: files and splits ────────────────────────────────────────────────────────────────────────────
@@ -789,13 +789,13 @@ def check_teacher(rows, names, is_made):
 SPLITS = {"train": ["train"], "val": ["val", "validation", "valid", "dev"], "test": ["test"]}
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}  # a file's or a split's name → which it is
 LABELED_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # of files; texts without labels may also be a .txt
-LONGEST = 30_000  # characters of a text that are looked at: far more than any MAX_LENGTH tokens have
+MAX_CHARACTERS = 30_000  # characters of a text that are looked at: far more than any MAX_LENGTH tokens have
 SAVE_SECONDS = 60  # between two savings of the teacher's answers
-TARGETS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
+TARGET_KEYS = "labels", "soft_labels", "teacher_layers"  # the keys of a batch that are for the loss, not for the model
 NO_LABEL = -100  # among the labels: of a text that only the teacher has labelled
 UNKNOWN_SHARE = 0.03  # of a split's tokens, above which it is said: of a vocabulary that fits, next to none is unknown
 TEXTS_PER_PROCESS = 100_000  # to be tokenized: less would not pay for the start of another process
-TOKENS = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
+TOKENS_PER_BATCH = 2048  # in a batch of inference: enough to keep the processor busy, few enough for its cache
 POOL = 16  # batches whose texts are sorted by length together: more saves little, and makes batches too alike
 
 def load_data(label2id=None):
@@ -812,29 +812,29 @@ def load_data(label2id=None):
     names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
     label2id = {name: number for number, name in enumerate(names)}
     lookup = read_labels(splits, names)
-    splits = {split: clean(rows, split, lookup[split], names) for split, rows in splits.items()}
+    splits = {split: validate_rows(rows, split, lookup[split], names) for split, rows in splits.items()}
 
-    def cut(rows, share):
+    def split_rows(rows, share):
         parts = rows.cast_column("labels", datasets.ClassLabel(len(label2id))).train_test_split(
             share, seed=SEED, stratify_by_column="labels")
         return [part.cast_column("labels", datasets.Value("int64")) for part in parts.values()]
 
     if "all" in splits:
-        with explain(f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"):
-            train, rest = cut(splits["all"], 0.2)
-            splits = dict(zip(SPLITS, (train, *cut(rest, 0.5))))
-        say("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
+        with as_problem(f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"):
+            train, rest = split_rows(splits["all"], 0.2)
+            splits = dict(zip(SPLITS, (train, *split_rows(rest, 0.5))))
+        log("data", f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion")
     if TRAIN_FRACTION < 1:
-        with explain(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
-            splits["train"] = cut(splits["train"], 1 - TRAIN_FRACTION)[0]
-    counts = np.bincount(column(splits["train"], "labels"), minlength=len(names))
-    say("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
+        with as_problem(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"):
+            splits["train"] = split_rows(splits["train"], 1 - TRAIN_FRACTION)[0]
+    counts = np.bincount(column_array(splits["train"], "labels"), minlength=len(names))
+    log("data", f"{DATA}: " + " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items()) + "; train has "
         + ", ".join(f"{count:,} {name}" for name, count in zip(names, counts)))
     absent = [name for name, count in zip(names, counts) if count == 0]
     if len(absent) == len(names) - 1:
-        say("note", f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to tell apart")
+        log("note", f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to tell apart")
     elif absent:
-        say("note", f"no text of train has the label {short_list(absent)}: of it the student sees the teacher's guesses alone")
+        log("note", f"no text of train has the label {short_list(absent)}: of it the student sees the teacher's guesses alone")
     return splits, label2id
 
 def read_splits(known_labels):
@@ -850,17 +850,17 @@ def read_splits(known_labels):
         return {"all": read_file(path, columns, known_labels)}
     files = labeled_files(path) if path.is_dir() else {}
     if path.is_dir() and not {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
-        refuse_doubled_splits(files)
-        tell_unread(DATA, path, [file for names in files.values() for file in names])
+        refuse_duplicate_splits(files)
+        report_unread_files(DATA, path, [file for names in files.values() for file in names])
         splits = {split: read_file(*names, columns, known_labels) for split, names in files.items()}
         found = list(splits)
     else:
         if files:
             raise Problem(f"DATA = {DATA!r}: is a save_to_disk folder that also holds "
                           f"{', '.join(file.name for names in files.values() for file in names)}. Keep the one or the other.")
-        with explain(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
+        with as_problem(f"DATA = {DATA!r}: no such file or folder, and no data set to load", "Name a folder with train, "
                      f"val and test files ({', '.join(LABELED_KINDS)}), a single file, or a hub data set"):
-            stay_inside(path)
+            forbid_outside_paths(path)
             loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
         loaded = loaded.with_format(None)  # arrays and the like were for its last user
         if not isinstance(loaded, dict) or len(loaded) == 1:
@@ -869,7 +869,7 @@ def read_splits(known_labels):
         for name in loaded:
             if name in SPLIT_OF:
                 names[SPLIT_OF[name]].append(name)
-        refuse_doubled_splits(names)
+        refuse_duplicate_splits(names)
         splits = {split: loaded[name] for split, (name,) in names.items()}
         found = list(loaded)
     if missing := [" or ".join(names) for split, names in SPLITS.items() if split not in splits]:
@@ -885,28 +885,28 @@ def labeled_files(folder):
             files[SPLIT_OF[file.stem.lower()]].append(file)
     return files
 
-def refuse_doubled_splits(found):
+def refuse_duplicate_splits(found):
     """A Problem where more than one file, or split of a data set, is for train, val or test."""
     for split, names in found.items():
         if len(names) > 1:
             names = [name.name if isinstance(name, Path) else name for name in names]
             raise Problem(f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them.")
 
-def tell_unread(name, folder, files):
+def report_unread_files(name, folder, files):
     """Say what else is in a folder of data, but for its hidden files."""
     if files and (others := sorted(file.name for file in {*folder.iterdir()} - {*files} if not file.name.startswith("."))):
-        say("data", f"{name}: {short_list(others)} {'is' if len(others) == 1 else 'are'} not read")
+        log("data", f"{name}: {short_list(others)} {'is' if len(others) == 1 else 'are'} not read")
 
 def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
 
-def in_parts(rows, *columns):
+def iter_batches(rows, *columns):
     """These columns in parts of 10,000 rows, {name: values}: of a million texts no more is in memory at once."""
     return rows.select_columns([*columns]).with_format(None).iter(10_000)
 
-def column(rows, name, kind=None):
+def column_array(rows, name, kind=None):
     """One column of numbers or keys as an array."""
-    found = [np.asarray(part[name], kind) for part in in_parts(rows, name)]
+    found = [np.asarray(part[name], kind) for part in iter_batches(rows, name)]
     return np.concatenate(found) if found else np.array([], kind)
 
 def read_file(path, columns, known_labels=frozenset()):
@@ -917,24 +917,24 @@ def read_file(path, columns, known_labels=frozenset()):
     a line of a text.
     """
     kind = path.suffix.lower()
-    with explain(f"{path}: cannot be read", f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, "
+    with as_problem(f"{path}: cannot be read", f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, "
                  "in UTF-8 or CP932"):
         if kind == ".parquet":
             if pyarrow.parquet.read_metadata(path).num_rows == 0:
                 raise ValueError("it has no rows")
-            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=str(scratch()))
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", cache_dir=str(scratch_folder()))
         if kind not in FILE_READERS:
             raise ValueError(f"its kind, {kind!r}, is not known")
         try:
             return write_rows(FILE_READERS[kind](path, "utf-8-sig", columns, known_labels), columns)
         except UnicodeDecodeError:
             encoding = other_encoding(path)
-            say("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
+            log("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
             return write_rows(FILE_READERS[kind](path, encoding, columns, known_labels), columns)
 
 def write_rows(rows, columns):
     """Rows, a tuple each with a text or None for each of the columns, as a Dataset in a file of its own."""
-    path = scratch() / f"rows-{time.monotonic_ns()}.arrow"
+    path = scratch_folder() / f"rows-{time.monotonic_ns()}.arrow"
     schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
     count = 0
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
@@ -1040,7 +1040,7 @@ def csv_rows(path, encoding, columns, known_labels):
             raise Problem(f"{path}, line {first_line}: a quote opens here and takes the rows below into its text. {advice}; if this "
                           "text does go over these lines, save the file as .jsonl.")
     if spanning:
-        say("data", f"{path}: {len(spanning):,} rows go over several lines, in quotes; the first from line {spanning[0][0]}")
+        log("data", f"{path}: {len(spanning):,} rows go over several lines, in quotes; the first from line {spanning[0][0]}")
 
 def column_places(path, header, columns):
     """Where these columns stand among those of a file; a Problem if one is not there, or there twice."""
@@ -1105,7 +1105,7 @@ def text_value(path, place, row, name):
                       "to_json(path, orient='records', lines=True).")
     if isinstance(value, str) or value is None:
         return value
-    return spelled(value) if name == LABEL_COLUMN else None
+    return label_text(value) if name == LABEL_COLUMN else None
 
 def text_rows(path, encoding, columns, known_labels):
     """The rows of a .txt file: a text a line."""
@@ -1117,16 +1117,16 @@ def text_rows(path, encoding, columns, known_labels):
 
 FILE_READERS = {".csv": csv_rows, ".tsv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".txt": text_rows}
 
-def clean(rows, split, lookup, names):
+def validate_rows(rows, split, lookup, names):
     """The texts of one split and `labels`, the teacher's numbers; a Problem that counts all faulty rows."""
     labels, found = [], {f"{column} empty or not a text": [] for column in text_columns()}
-    for part in in_parts(rows, *text_columns(), LABEL_COLUMN):
+    for part in iter_batches(rows, *text_columns(), LABEL_COLUMN):
         row = len(labels)
         for name in text_columns():
-            faulty = [row + n for n, value in enumerate(part[name], 1) if not text(value)]
+            faulty = [row + n for n, value in enumerate(part[name], 1) if not is_text(value)]
             found[f"{name} empty or not a text"] += faulty
         for n, label in enumerate(part[LABEL_COLUMN], 1):
-            written = label if isinstance(label, str) else spelled(label)
+            written = label if isinstance(label, str) else label_text(label)
             number = lookup.get(written)
             if number is None:
                 unknown = f"label {written[:60]!r}, which the teacher does not have ({short_list(names)}),"
@@ -1148,7 +1148,7 @@ def short_list(names):
 def new_label_names(splits):
     """The label names of a teacher still to be made, in the order of its outputs."""
     given = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
-    found = {without_zero(spelled(label)) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {""}
+    found = {without_trailing_zero(label_text(label)) for rows in splits.values() for label in rows.unique(LABEL_COLUMN)} - {""}
     names = given or sorted(found)
     if not 2 <= len(names) <= 1000:
         raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(names)} different labels; 2 to 1000 are accepted.")
@@ -1176,7 +1176,7 @@ def read_labels(splits, names):
     for split, rows in splits.items():
         own = getattr(rows.features[LABEL_COLUMN], "names", None)
         for label in rows.unique(LABEL_COLUMN):
-            written = spelled(label)
+            written = label_text(label)
             if written == "":
                 continue
             name = own[label] if own and 0 <= label < len(own) else written
@@ -1188,7 +1188,7 @@ def read_labels(splits, names):
     if None not in as_name.values():
         meant = as_name
         if None not in as_number.values() and as_number != as_name:
-            say("note", f"the labels of the data are taken as the teacher's names ({short_list(names)}), not as the numbers of "
+            log("note", f"the labels of the data are taken as the teacher's names ({short_list(names)}), not as the numbers of "
                 "its outputs")
     elif None not in as_number.values():
         meant = as_number
@@ -1217,7 +1217,7 @@ def refuse_other_class_labels(own_names, as_number, names):
                           f"{names[number]!r}, and not all of the labels are names of the teacher's ({short_list(names)}). Name or number "
                           "them as the teacher does, in all splits alike.")
     if pairs:
-        say("note", "the class labels of the data have other names than the teacher's and are taken by their numbers: "
+        log("note", "the class labels of the data have other names than the teacher's and are taken by their numbers: "
             + short_list([f"{name} is {names[number]}" for name, number in sorted(pairs.items(), key=lambda pair: pair[1])]))
 
 def label_lookup(names):
@@ -1227,17 +1227,17 @@ def label_lookup(names):
     True and False.
     """
     exact = {name: number for number, name in enumerate(names)}
-    by_value = {without_zero(name): number for number, name in enumerate(names)}
+    by_value = {without_trailing_zero(name): number for number, name in enumerate(names)}
     truth = {name.casefold(): number for number, name in enumerate(names)}
     if truth.keys() == {"true", "false"}:
         by_value |= {"1": truth["true"], "0": truth["false"]}
-    return lambda label: exact.get(label, by_value.get(without_zero(label)))
+    return lambda label: exact.get(label, by_value.get(without_trailing_zero(label)))
 
-def spelled(label):
+def label_text(label):
     """A label as text, "" if there is none."""
     return "" if label is None or label != label else str(label)
 
-def without_zero(label):
+def without_trailing_zero(label):
     """A whole number without the .0 that pandas gives it where another is missing; any other text as it is."""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
 
@@ -1256,20 +1256,20 @@ def tokenize(data, tokenizer, student_tokenizer=None):
     tokenizers = [tokenizer] + [student_tokenizer] * (student_tokenizer not in (None, tokenizer))
     given = dict(columns=text_columns(), tokenizers=tokenizers, max_length=MAX_LENGTH)
     for split, rows in data.items():
-        helpers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // processes()) or None
-        data[split] = map_rows(rows, add, remove_columns=text_columns(), num_proc=helpers, fn_kwargs=given)
-    lengths, cut = (np.concatenate([column(rows, name) for rows in data.values()]) for name in ("length", "cut"))
-    say("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
+        helpers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // world_size()) or None
+        data[split] = map_to_cache(rows, add, remove_columns=text_columns(), num_proc=helpers, fn_kwargs=given)
+    lengths, cut = (np.concatenate([column_array(rows, name) for rows in data.values()]) for name in ("length", "cut"))
+    log("data", f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {cut.sum():,} of {len(cut):,} texts "
         f"cut to MAX_LENGTH = {MAX_LENGTH}")
-    unknown = {split: column(rows, "unknown").sum() / column(rows, "length").sum() for split, rows in data.items()}
+    unknown = {split: column_array(rows, "unknown").sum() / column_array(rows, "length").sum() for split, rows in data.items()}
     if shares := [f"{share:.1%} of {split}" for split, share in unknown.items() if share > UNKNOWN_SHARE]:
-        say("note", f"the vocabulary does not know many tokens ([UNK]): {', '.join(shares)}. Are these texts of the teacher's "
+        log("note", f"the vocabulary does not know many tokens ([UNK]): {', '.join(shares)}. Are these texts of the teacher's "
             "language, and is the tokenizer, with its dictionary, the one that the teacher was trained with?")
-    say("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
-    keys = {split: column(data[split], "key", "S24") for split in SPLITS}
+    log("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(data["train"][0]["input_ids"][:30])))
+    keys = {split: column_array(data[split], "key", "S24") for split in SPLITS}
     for one, other in ("val", "train"), ("test", "train"), ("test", "val"):
         if shared := np.isin(keys[one], keys[other]).sum():
-            say("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
+            log("data", f"{shared:,} of {len(data[one]):,} texts of {one} also stand in {other}: {one} is flattered")
     return data
 
 def encode(texts, tokenizer, max_length):
@@ -1281,8 +1281,8 @@ def encode(texts, tokenizer, max_length):
     """
     pairs = len(texts) > 1 and getattr(tokenizer, "takes_types", True)
     options = dict(return_attention_mask=False, return_token_type_ids=pairs)
-    if cuts_words(tokenizer):
-        rows = list(zip(*(map(token_ids(tokenizer), column) for column in texts)))
+    if splits_words(tokenizer):
+        rows = list(zip(*(map(make_encoder(tokenizer), column) for column in texts)))
         numbers = [[-1 - column] for column in range(len(texts))]  # stand for the texts among the special tokens
         frame = tokenizer.build_inputs_with_special_tokens(*numbers)
         part = lambda row, place: row[-1 - place] if place < 0 else [place]
@@ -1298,12 +1298,12 @@ def encode(texts, tokenizer, max_length):
     for row in itertools.compress(range(len(long)), long):
         for name, value in again(*rows[row], truncation=True, max_length=max_length, **options).items():
             columns[name][row] = value
-    cut = [one or any(len(text) > LONGEST for text in row) for one, row in zip(long, zip(*texts))]
+    cut = [one or any(len(text) > MAX_CHARACTERS for text in row) for one, row in zip(long, zip(*texts))]
     unknown = [ids.count(tokenizer.unk_token_id) for ids in columns["input_ids"]]
     return {**columns, "length": list(map(len, columns["input_ids"])), "unknown": unknown, "cut": cut}
 
 @functools.lru_cache(2)
-def token_ids(tokenizer):
+def make_encoder(tokenizer):
     """A function: text → its token ids, without special tokens, exactly as this BertJapaneseTokenizer gives them.
 
     The stock tokenizer cuts a word into pieces, in Python, each time it meets it. A word is always cut the same way,
@@ -1311,39 +1311,39 @@ def token_ids(tokenizer):
     """
     special = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
     never_split, words = tokenizer.all_special_tokens, tokenizer.word_tokenizer.tokenize
-    cut = tokenizer.subword_tokenizer.tokenize if tokenizer.do_subword_tokenize else lambda word: [word]
+    split_word = tokenizer.subword_tokenizer.tokenize if tokenizer.do_subword_tokenize else lambda word: [word]
 
     @functools.lru_cache(1 << 18)
     def pieces(word):
-        return (tokenizer.mask_token_id,) if word is None else tuple(tokenizer.convert_tokens_to_ids(cut(word.strip())))
+        return (tokenizer.mask_token_id,) if word is None else tuple(tokenizer.convert_tokens_to_ids(split_word(word.strip())))
 
     def ids(text):
         if isinstance(text, str) and special.search(text):
-            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(bounded(text)))
-        already_cut = text if isinstance(text, list) else words(bounded(text), never_split=never_split)
+            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(limit_characters(text)))
+        already_cut = text if isinstance(text, list) else words(limit_characters(text), never_split=never_split)
         return [piece for word in already_cut for piece in pieces(word)]
 
     return ids
 
-def cuts_words(tokenizer):
+def splits_words(tokenizer):
     return isinstance(tokenizer, BertJapaneseTokenizer) and tokenizer.do_word_tokenize
 
-def bounded(text):
+def limit_characters(text):
     """The text or, if it is very long, as much of it as MeCab takes: at some 100,000 characters it crashes."""
-    text = text[:LONGEST]
-    while len(text) > 1000 and len(unicodedata.normalize("NFKC", text)) > LONGEST:  # which can make 18 characters of 1
+    text = text[:MAX_CHARACTERS]
+    while len(text) > 1000 and len(unicodedata.normalize("NFKC", text)) > MAX_CHARACTERS:  # which can make 18 characters of 1
         text = text[:len(text) // 2]
     return text
 
-def map_rows(rows, function, **options):
+def map_to_cache(rows, function, **options):
     """Dataset.map into a file of its own in CACHE: it never takes an older result, and writes nothing beside DATA."""
     seen = len(rows) >= TEXTS_PER_PROCESS and sys.stderr.isatty() and rank() == 0  # what takes longer is shown
     (datasets.enable_progress_bars if seen else datasets.disable_progress_bars)()
     name = f"rows-{time.monotonic_ns()}"
-    path = str(scratch() / f"{name}.arrow")
+    path = str(scratch_folder() / f"{name}.arrow")
     return rows.map(function, batched=True, desc="texts", new_fingerprint=name, cache_file_name=path, **options)
 
-def scratch():
+def scratch_folder():
     """The folder for what only this run of this process needs; it is emptied when a run begins and ends."""
     folder = Path(CACHE, "distill_tmp", str(rank()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -1363,17 +1363,17 @@ def collate(rows, pad_token_id=0):
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded("token_type_ids", 0)
     return batch | {name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-                    for name in TARGETS if name in rows[0]}
+                    for name in TARGET_KEYS if name in rows[0]}
 
 def inputs_of(batch):
-    return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
+    return {name: tensor for name, tensor in batch.items() if name not in TARGET_KEYS}
 
 def inference_loader(rows, collate_fn, tokens=None, take=list):
     """The rows in batches for inference; `take` chooses among the batches."""
-    batches = list(longest_first(column(rows, "length"), tokens or TOKENS))
+    batches = list(token_budget_batches(column_array(rows, "length"), tokens or TOKENS_PER_BATCH))
     return DataLoader(rows, batch_sampler=take(batches), collate_fn=collate_fn)
 
-def longest_first(lengths, tokens):
+def token_budget_batches(lengths, tokens):
     """Row numbers in batches: every row once, like lengths together, at most `tokens` in a batch, padding included."""
     order, start = np.argsort(-np.asarray(lengths), kind="stable"), 0
     while start < len(order):
@@ -1381,7 +1381,7 @@ def longest_first(lengths, tokens):
         yield order[start:start + size]
         start += size
 
-def shuffled(lengths, batch_size, seed):
+def length_grouped_order(lengths, batch_size, seed):
     """Row numbers for one epoch of training: batches of like length, in random order, the smaller last one last."""
     generator = np.random.default_rng(seed)
     order, pool = generator.permutation(len(lengths)), POOL * batch_size
@@ -1398,9 +1398,9 @@ def classify(model, tokenizer, texts, tokens=None):
 def classify_encoded(model, tokenizer, columns, tokens=None):
     """What encode() gives to logits, (texts, classes), in its order."""
     rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
-    batches = [batch.tolist() for batch in longest_first(columns["length"], tokens or TOKENS)]
+    batches = [batch.tolist() for batch in token_budget_batches(columns["length"], tokens or TOKENS_PER_BATCH)]
     collated = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
-    logits = torch.cat([logits for _, logits, _ in predict(model, collated)])
+    logits = torch.cat([logits for _, logits, _ in timed_logits(model, collated)])
     return torch.empty_like(logits).index_copy_(0, torch.tensor([row for batch in batches for row in batch]), logits)
 
 # ── Speed: the same results in less time ──────────────────────────────────────────────────────────────
@@ -1421,7 +1421,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
     def __init__(self, config):
         super().__init__(config)
         for module in self.modules():
-            module.__class__ = FASTER.get(type(module), type(module))
+            module.__class__ = FAST_MODULES.get(type(module), type(module))
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None,
                 labels=None, **more):
@@ -1446,7 +1446,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         query = attention.query(first).view(-1, heads, size).transpose(0, 1) * size**-0.5
         score = torch.bmm(query, by_head(attention.key)).transpose(0, 1)  # W_kᵀ q: (batch, heads, hidden)
         keep = attention.dropout(x.new_ones(*score.shape[:2], x.shape[1])) if self.training else None
-        total, mean = Attend.apply(x, score, mask, keep)
+        total, mean = ClsAttention.apply(x, score, mask, keep)
         value = torch.bmm(by_head(attention.value), mean.permute(1, 2, 0)).permute(2, 0, 1)
         value = value + attention.value.bias.view(heads, size) * total
         x = layer.feed_forward_chunk(layer.attention.output(value.flatten(1), first))
@@ -1463,11 +1463,14 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
     x = embeddings.word_embeddings(input_ids).add_(place) if inputs_embeds is None else inputs_embeds + place
     return embeddings.dropout(embeddings.LayerNorm(x))
 
-class Dropout(torch.nn.Dropout):
+class FastDropout(torch.nn.Dropout):
     """The same distribution, drawn faster: stock, random numbers would take a fifth of a training step or more.
 
     Not each unit's fate is drawn but the gaps between those that fall out: geometric, and 1/p times fewer.
     """
+
+    def _get_name(self):
+        return "Dropout"  # printed like the stock class
 
     def forward(self, x):
         if not self.training or self.p == 0:
@@ -1479,17 +1482,20 @@ class Dropout(torch.nn.Dropout):
         dropped = dropped[:torch.searchsorted(dropped, x.numel())]
         return (x.flatten().index_fill(0, dropped, 0) / (1 - self.p)).view_as(x)
 
-class Linear(torch.nn.Linear):
+class FastLinear(torch.nn.Linear):
     """The same sum, as W xᵀ instead of x Wᵀ where x has few rows: a third less time, with MKL."""
+
+    def _get_name(self):
+        return "Linear"
 
     def forward(self, x):
         if x.dim() != 2 or torch.compiler.is_exporting() or len(x) > 64:
             return super().forward(x)
         return torch.addmm(self.bias[:, None], self.weight, x.t()).t().contiguous()
 
-FASTER = {torch.nn.Dropout: Dropout, torch.nn.Linear: Linear}
+FAST_MODULES = {torch.nn.Dropout: FastDropout, torch.nn.Linear: FastLinear}
 
-class Attend(torch.autograd.Function):
+class ClsAttention(torch.autograd.Function):
     """x (b, l, h), score (b, heads, h), mask, keep → Σ_j p_j (b, heads, 1), Σ_j p_j x_j (b, heads, h).
 
     p = softmax(score xᵀ + mask) · keep. The gradient is written by hand so that x's, the one large tensor, is made by
@@ -1560,20 +1566,20 @@ def refit_words(student, teacher, tokenizer, rows, collate_fn):
     https://aclanthology.org/2020.acl-main.431). It is an ordinary embedding, and goes on learning.
     """
     depth = min(REFIT_WORDS, teacher.config.num_hidden_layers)
-    path = Path(CACHE, f"words-{digest(teacher, depth, in_parts(rows, 'key'))}.pt")
+    path = Path(CACHE, f"words-{digest(teacher, depth, iter_batches(rows, 'key'))}.pt")
 
     def words():
-        if (known := load_whole(path)) is None:
-            say("teacher", f"its first {depth} layers read the training texts once more, for the student's word vectors")
+        if (known := load_checked(path)) is None:
+            log("teacher", f"its first {depth} layers read the training texts once more, for the student's word vectors")
             known = words_in_context(teacher, depth, tokenizer, rows, collate_fn)
-            save_whole(path, known)
+            save_checked(path, known)
         return known
 
-    student.get_input_embeddings().weight.copy_(from_main(words))
+    student.get_input_embeddings().weight.copy_(on_main_process(words))
 
 def words_in_context(teacher, depth, tokenizer, rows, collate_fn):
     """The word vectors for refit_words, (vocabulary, hidden)."""
-    few = cut(teacher, type(teacher), range(depth), teacher.state_dict()).bert.eval()
+    few = copy_with_layers(teacher, type(teacher), range(depth), teacher.state_dict()).bert.eval()
     embeddings, norm = few.embeddings, few.embeddings.LayerNorm
     plain = embeddings.word_embeddings.weight
     states, places, counts = torch.zeros_like(plain), torch.zeros_like(plain), torch.zeros(len(plain), 1)
@@ -1582,7 +1588,7 @@ def words_in_context(teacher, depth, tokenizer, rows, collate_fn):
     single = [[*frame[:1], number, *frame[1:]] for number in ordinary]
     single = datasets.Dataset.from_dict({"input_ids": single, "length": list(map(len, single))})
     loaders = [inference_loader(part, collate_fn) for part in (rows, single)]
-    for batch in progress(itertools.chain(*loaders), total=sum(map(len, loaders)), desc="words"):
+    for batch in progress_bar(itertools.chain(*loaders), total=sum(map(len, loaders)), desc="words"):
         ids, there = batch["input_ids"], batch["attention_mask"].bool()
         state = few(**inputs_of(batch)).last_hidden_state
         state = (state - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)  # the LayerNorm undone, without 1/0
@@ -1600,15 +1606,15 @@ def find_teacher():
     """(name, recipe): the teacher's folder or hub name; how to make it if it is not there yet, else None."""
     if os.path.exists(TEACHER):
         if TEACHER_BASE is not None:
-            say("note", f"{TEACHER} is there and is used as it is; delete it to have it made anew from {TEACHER_BASE}")
+            log("note", f"{TEACHER} is there and is used as it is; delete it to have it made anew from {TEACHER_BASE}")
         return TEACHER, None
     if TEACHER_BASE is not None:
-        say("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
+        log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
         return TEACHER, (TEACHER_BASE, TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE)
-    if (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample") and "TEACHER" not in GIVEN:  # nobody has named a teacher
+    if (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample") and "TEACHER" not in COMMAND_LINE_SETTINGS:  # nobody has named a teacher
         name = os.path.join(CACHE, "sample_teacher")  # never TEACHER: it must not be mistaken for the user's
-        made = load_whole(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
-        say("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
+        made = load_checked(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
+        log("teacher", f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
             + (" (made before)" if made else ", and is trained first (about a minute)"))
         return name, None if made else (str(Path(__file__).resolve().parent / DATA / "base"), 6, 1e-3, 6)
     return TEACHER, None  # a hub name, or missing: load_config will tell
@@ -1626,14 +1632,14 @@ def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     def save():
         save_folder(name, model, tokenizer)
         if is_sample:
-            save_whole(f"{name}.sum", file_digest(f"{name}/model.safetensors"))
+            save_checked(f"{name}.sum", file_digest(f"{name}/model.safetensors"))
         checkpoint.unlink()
 
-    from_main(save)
+    on_main_process(save)
 
 # ── Option: more text for the teacher to label ────────────────────────────────────────────────────────
 
-def more_text(rows, tokenizer):
+def load_extra_texts(rows, tokenizer):
     """{"unlabeled": …, "copies": …}, as far as the settings ask for them; `rows` are the training texts."""
     more = {}
     if UNLABELED:
@@ -1645,34 +1651,34 @@ def more_text(rows, tokenizer):
             raise Problem(f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted are "
                           f"{', '.join(kinds)}; .txt has a text a line.")
         if path.is_dir():
-            tell_unread(UNLABELED, path, files)
+            report_unread_files(UNLABELED, path, files)
         found = [read_file(file, text_columns()) for file in files]
         for file, part in zip(files, found):
             refuse_missing_columns(file, text_columns(), part.column_names)
         strings = datasets.Features(dict.fromkeys(text_columns(), datasets.Value("string")))
         found = datasets.concatenate_datasets([one.select_columns(text_columns()).cast(strings) for one in found])
-        whole = [number for number, row in enumerate(found) if all(map(text, row.values()))]
+        whole = [number for number, row in enumerate(found) if all(map(is_text, row.values()))]
         if len(whole) < len(found):
-            say("data", f"{UNLABELED}: {len(found) - len(whole):,} of {len(found):,} rows hold no text and are left out")
+            log("data", f"{UNLABELED}: {len(found) - len(whole):,} of {len(found):,} rows hold no text and are left out")
         if not whole:
             raise Problem(f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None.")
         found = found.select(whole)
         more["unlabeled"] = found.add_column("labels", [NO_LABEL] * len(found))
     if AUGMENT:
-        more["copies"] = map_rows(rows, copies, with_indices=True, remove_columns=rows.column_names,
-                                  fn_kwargs=dict(words=word_cutter(tokenizer)))
+        more["copies"] = map_to_cache(rows, augment, with_indices=True, remove_columns=rows.column_names,
+                                  fn_kwargs=dict(words=make_word_splitter(tokenizer)))
         if GENERATOR:
-            more["copies"] = fill_in(more["copies"])
+            more["copies"] = fill_masks(more["copies"])
     return more
 
-def word_cutter(tokenizer):
+def make_word_splitter(tokenizer):
     """A function: text → its words; with the white space before them unless the tokenizer itself cuts words."""
-    if cuts_words(tokenizer):
-        return lambda text: tokenizer.word_tokenizer.tokenize(bounded(text))
+    if splits_words(tokenizer):
+        return lambda text: tokenizer.word_tokenizer.tokenize(limit_characters(text))
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
 
     def words(text):
-        text, end, found = unicodedata.normalize("NFKC", bounded(text)), 0, []
+        text, end, found = unicodedata.normalize("NFKC", limit_characters(text)), 0, []
         for word in mecab.tokenize(text):
             start, end = end, text.index(word, end) + len(word)
             found.append(text[start:end])
@@ -1680,7 +1686,7 @@ def word_cutter(tokenizer):
 
     return words
 
-def copies(batch, numbers, words):
+def augment(batch, numbers, words):
     """AUGMENT copies of each text, as lists of words, None where masked; without labels, as they may not hold any more.
 
     Each word is masked with probability AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10 neighbouring words are
@@ -1700,7 +1706,7 @@ def copies(batch, numbers, words):
                 made[column].append(copy)
     return made | {"labels": [NO_LABEL] * (AUGMENT * len(numbers))}
 
-def fill_in(rows):
+def fill_masks(rows):
     """The masked words of copies drawn from what GENERATOR, a masked-language model, finds likely there."""
     model, tokenizer = load_generator()
 
@@ -1722,18 +1728,18 @@ def fill_in(rows):
                     text[place] = word.removeprefix("##")
         return batch
 
-    return map_rows(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
+    return map_to_cache(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
 
-def merge(data):
+def merge_extra_texts(data):
     """Put the texts without hard labels behind those of train, each text once and none that has a label."""
-    known = np.concatenate([column(data[split], "key", "S24") for split in SPLITS])
+    known = np.concatenate([column_array(data[split], "key", "S24") for split in SPLITS])
     for name in "unlabeled", "copies":
         if name in data:
             rows = data.pop(name)
-            different, first = np.unique(column(rows, "key", "S24"), return_index=True)
+            different, first = np.unique(column_array(rows, "key", "S24"), return_index=True)
             new = np.sort(first[~np.isin(different, known)])
             known = np.concatenate([known, different])
-            say("data", f"train: {len(data['train']):,} + {len(new):,} {name}, which only the teacher labels "
+            log("data", f"train: {len(data['train']):,} + {len(new):,} {name}, which only the teacher labels "
                 f"({len(rows) - len(new):,} equal to others left out)")
             rows = rows.select(new).cast(data["train"].features)
             data["train"] = datasets.concatenate_datasets([data["train"], rows])
@@ -1741,7 +1747,7 @@ def merge(data):
 
 # ── Option: other students ────────────────────────────────────────────────────────────────────────────
 
-def load_start(teacher_config):
+def load_student_init(teacher_config):
     """The small pretrained model in STUDENT_INIT, made a classifier of the teacher's labels (the way of ERNIE-Tiny)."""
     config = load_config(STUDENT_INIT, "STUDENT_INIT")
     if config.model_type != teacher_config.model_type:
@@ -1759,11 +1765,11 @@ def load_student_tokenizer(tokenizer, data):
     own = load_tokenizer(STUDENT_INIT, load_config(STUDENT_INIT, "STUDENT_INIT"), "student")
     if type(own) is type(tokenizer) and own.get_vocab() == tokenizer.get_vocab():
         return tokenizer
-    if METHOD in TERMS:
+    if METHOD in METHOD_TERMS:
         raise Problem(f"STUDENT_INIT = {STUDENT_INIT!r}: its tokens are not the teacher's, as METHOD = {METHOD!r} needs.")
     return own
 
-def with_student_ids(rows):
+def use_student_ids(rows):
     """The rows with the ids of the student's own tokenizer in place of the teacher's."""
     own = {name: name.removeprefix("student_") for name in rows.column_names if name.startswith("student_")}
     return rows.remove_columns(list({*own.values()} & {*rows.column_names})).rename_columns(own)
@@ -1775,14 +1781,14 @@ def make_word_tokenizer(data):
     """
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
     counts = Counter(word for split in ("train", "unlabeled") for column in text_columns()
-                     for text in (data[split][column] if split in data else ()) for word in mecab.tokenize(bounded(text)))
+                     for text in (data[split][column] if split in data else ()) for word in mecab.tokenize(limit_characters(text)))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(word for word in counts if counts[word] > 1)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(dict.fromkeys(words)), "utf-8")
         tokenizer = BertJapaneseTokenizer(
             os.path.join(folder, "vocab.txt"), do_subword_tokenize=False, word_tokenizer_type="mecab",
             mecab_kwargs={"mecab_dic": "unidic_lite"}, model_max_length=MAX_LENGTH)
-    say("student", f"its vocabulary: {len(tokenizer):,} words of {len(counts):,} in the training text")
+    log("student", f"its vocabulary: {len(tokenizer):,} words of {len(counts):,} in the training text")
     return tokenizer
 
 class BiLSTM(transformers.PreTrainedModel):
@@ -1873,11 +1879,11 @@ STUDENTS = {  # STUDENT → a function: teacher, the student's and the teacher's
 
 # ── Option: other methods ─────────────────────────────────────────────────────────────────────────────
 
-TERMS = {  # METHOD → its terms, in the order of its weights; ′ marks those of the rewritten sentences
-    "rail": ("CE", "D", "RAIL"),
-    "mate": ("CE", "D", "D′"),
-    "cilda": ("CE", "D", "CE′", "D′"),
-    "cilda+minild": ("CE", "D", "CRD", "CE′", "D′", "CRD′"),
+METHOD_TERMS = {  # METHOD → its terms, in the order of its weights; ′ marks those of the rewritten sentences
+    "rail": ("CE", "KL", "RAIL"),
+    "mate": ("CE", "KL", "KL′"),
+    "cilda": ("CE", "KL", "CE′", "KL′"),
+    "cilda+minild": ("CE", "KL", "CRD", "CE′", "KL′", "CRD′"),
 }
 
 def rail_loss(teacher, student):
@@ -1894,7 +1900,7 @@ def contrastive_loss(teacher, student):
     loss = F.cross_entropy(cosines / CRD_TEMPERATURE, torch.arange(len(cosines)))
     return loss / math.log(max(len(cosines), 2)) if METHOD == "cilda+minild" else loss
 
-def ask(model, inputs, words=None, pool=None):
+def forward_with_layers(model, inputs, words=None, pool=None):
     """(logits, layers) of a batch or, with `words` (which places, what stands there), of the batch so rewritten.
 
     What stands there: ids, (places,), or rows over the vocabulary, (places, words), through which gradients flow.
@@ -1903,27 +1909,27 @@ def ask(model, inputs, words=None, pool=None):
     given = inputs_of(inputs) | ({"output_hidden_states": True} if pool else {})
     if words:
         places, drawn = words
-        ids, table = given.pop("input_ids"), model.get_input_embeddings()
+        ids, embedding = given.pop("input_ids"), model.get_input_embeddings()
         if drawn.dim() == 1:
-            embeds = table(ids.masked_scatter(places, drawn))
+            embeds = embedding(ids.masked_scatter(places, drawn))
         else:
-            embeds = table(ids).clone()
-            embeds[places] = drawn @ table.weight[:drawn.shape[1]] * getattr(table, "embed_scale", 1)
+            embeds = embedding(ids).clone()
+            embeds[places] = drawn @ embedding.weight[:drawn.shape[1]] * getattr(embedding, "embed_scale", 1)
         given["inputs_embeds"] = embeds
         if model.config.model_type == "bart":  # takes no inputs_embeds, but what it would make of them
             start, mask = torch.full_like(ids[:, :1], model.config.decoder_start_token_id), given["attention_mask"]
             encoded = model.model.encoder(inputs_embeds=given.pop("inputs_embeds"), attention_mask=mask,
                                           output_hidden_states=True)
             given |= {"input_ids": ids, "encoder_outputs": encoded,
-                      "decoder_inputs_embeds": torch.cat([table(start), embeds[:, :-1]], 1)}
+                      "decoder_inputs_embeds": torch.cat([embedding(start), embeds[:, :-1]], 1)}
     outputs = model(**given)
     states = pool and (outputs.get("encoder_hidden_states") or outputs.get("hidden_states"))[1:]
     return outputs.logits, pool and torch.stack([pool(one) for one in states], 1)
 
 class MethodTrainer(CustomTrainer):
-    """Its loss is the weighted sum of TERMS[METHOD]; in evaluation of CE and D, which need nothing but the text.
+    """Its loss is the weighted sum of METHOD_TERMS[METHOD]; in evaluation of CE and KL, which need nothing but the text.
 
-    CE: cross-entropy; D: KL from the teacher's distribution to the student's, T = 1. For D′ a generator, a masked
+    CE: cross-entropy; KL: KL divergence from the teacher's distribution to the student's, T = 1. For KL′ a generator, a masked
     language model, rewrites masked words: every STUDENT_STEPS it learns for GENERATOR_STEPS where the student errs.
     """
 
@@ -1931,8 +1937,8 @@ class MethodTrainer(CustomTrainer):
         """To be called once, before training."""
         self.teacher, self.mask_token_id = teacher, tokenizer.mask_token_id
         rows = self.train_dataset
-        self.train_dataset = rows.select(np.argsort(column(rows, "length")))  # less padding where they are taken in order
-        self.lengths = column(self.train_dataset, "length")
+        self.train_dataset = rows.select(np.argsort(column_array(rows, "length")))  # less padding where they are taken in order
+        self.lengths = column_array(self.train_dataset, "length")
         self.special = torch.tensor(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}))
         self.weights = {"rail": RAIL_WEIGHTS, "mate": MATE_WEIGHTS, "cilda": CILDA_WEIGHTS,
                         "cilda+minild": MINILD_WEIGHTS}[METHOD]
@@ -1943,7 +1949,7 @@ class MethodTrainer(CustomTrainer):
             torch.nn.Linear(depth * model.config.hidden_size, PROJECTION, bias=False)
             for depth, model in ((self.many, teacher), (NUM_LAYERS, self.model)))
         self.beside = {"projections": self.projections}
-        if "D′" in TERMS[METHOD]:
+        if "KL′" in METHOD_TERMS[METHOD]:
             if self.mask_token_id is None:
                 raise Problem(f"METHOD = {METHOD!r}: the teacher's tokenizer has no mask token.")
             self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
@@ -1962,21 +1968,21 @@ class MethodTrainer(CustomTrainer):
 
     def with_teacher_layers(self, rows):
         """The rows with the column teacher_layers, (layers, width) a text, which stays on disk, in CACHE."""
-        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, in_parts(rows, 'key'))}.arrow")
-        part = str(scratch() / path.name)
-        if load_whole(f"{path}.sum") != file_digest(path):
-            say("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
+        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, iter_batches(rows, 'key'))}.arrow")
+        part = str(scratch_folder() / path.name)
+        if load_checked(f"{path}.sum") != file_digest(path):
+            log("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
 
             @torch.inference_mode()
             def layers(batch):
                 inputs = self.data_collator([dict(zip(batch, row)) for row in zip(*batch.values())])
-                return {"teacher_layers": ask(self.teacher, inputs, pool=self.pool(inputs))[1].numpy()}
+                return {"teacher_layers": forward_with_layers(self.teacher, inputs, pool=self.pool(inputs))[1].numpy()}
 
             columns = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
             rows.select_columns(columns).map(layers, batched=True, batch_size=64, remove_columns=columns,
                                              new_fingerprint=path.stem, cache_file_name=part)
             os.replace(part, path)
-            save_whole(f"{path}.sum", file_digest(path))
+            save_checked(f"{path}.sum", file_digest(path))
         both = datasets.concatenate_datasets([rows.flatten_indices(), datasets.Dataset.from_file(str(path))], axis=1)
         return both.with_format("numpy", ["teacher_layers"], output_all_columns=True)
 
@@ -1995,7 +2001,7 @@ class MethodTrainer(CustomTrainer):
 
     def random_batch(self):
         """A batch of training texts, of like length as all are."""
-        numbers = shuffled(self.lengths, BATCH_SIZE, int(torch.randint(2**31, [])))[:BATCH_SIZE].tolist()
+        numbers = length_grouped_order(self.lengths, BATCH_SIZE, int(torch.randint(2**31, [])))[:BATCH_SIZE].tolist()
         return self.data_collator([self.train_dataset[number] for number in numbers])
 
     def mask(self, inputs):
@@ -2016,16 +2022,16 @@ class MethodTrainer(CustomTrainer):
         return places, torch.searchsorted(up_to, drawn, right=True).flatten()
 
     def losses(self, inputs, layers, words=None):
-        """({"CE", "D" and, with `layers`, "RAIL" or "CRD": loss}, logits) of a batch, rewritten if there are `words`."""
+        """({"CE", "KL" and, with `layers`, "RAIL" or "CRD": loss}, logits) of a batch, rewritten if there are `words`."""
         pool = self.pool(inputs) if layers else None
-        logits, student = ask(self.model, inputs, words, pool)
+        logits, student = forward_with_layers(self.model, inputs, words, pool)
         soft_labels, teacher = inputs["soft_labels"], inputs.get("teacher_layers")
         if words:
-            teacher_logits, teacher = ask(self.teacher, inputs, words, pool)
+            teacher_logits, teacher = forward_with_layers(self.teacher, inputs, words, pool)
             soft_labels = F.softmax(teacher_logits, -1)
         cross_entropy = F.cross_entropy(logits, inputs["labels"], ignore_index=NO_LABEL, reduction="sum") / len(logits)
         found = {"CE": cross_entropy,
-                 "D": F.kl_div(F.log_softmax(logits, -1), soft_labels, reduction="batchmean")}
+                 "KL": F.kl_div(F.log_softmax(logits, -1), soft_labels, reduction="batchmean")}
         if layers:
             if METHOD == "rail":  # other layers in each epoch
                 draw = np.random.default_rng([SEED, int(self.state.epoch)])
@@ -2035,20 +2041,20 @@ class MethodTrainer(CustomTrainer):
         return found, logits
 
     def generator_step(self, inputs):
-        """One step of the generator, and of the projections, to where the student errs; returns its D′ before it."""
+        """One step of the generator, and of the projections, to where the student errs; returns its KL′ before it."""
         found, _ = self.losses(inputs, METHOD != "mate", self.rewrite(inputs, flow=True))
-        aim = found["D"] if METHOD == "mate" else \
-            GENERATOR_WEIGHTS[0] * found["D"] + GENERATOR_WEIGHTS[1] * found["CRD"]
+        aim = found["KL"] if METHOD == "mate" else \
+            GENERATOR_WEIGHTS[0] * found["KL"] + GENERATOR_WEIGHTS[1] * found["CRD"]
         parameters = [*self.adversary.parameters()]
         for parameter, grad in zip(parameters, torch.autograd.grad(-aim, parameters, allow_unused=True)):
             parameter.grad = grad
         clip_gradients(self.adversary, GENERATOR_MAX_GRAD_NORM)
         self.adversary_optimizer.step()
         self.adversary.zero_grad()
-        return found["D"].item()
+        return found["KL"].item()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        terms = TERMS[METHOD]
+        terms = METHOD_TERMS[METHOD]
         if model.training and self.generator and self.state.global_step % STUDENT_STEPS == 0:
             for _ in range(GENERATOR_STEPS):
                 self.generator_step(self.random_batch())
@@ -2079,14 +2085,14 @@ def make_generator(trainer):
     of 400 of JCM's test texts from 11.9 to 5.0. It is kept in CACHE.
     """
     config = trainer.teacher.config
-    generator = cut(trainer.teacher, transformers.MODEL_FOR_MASKED_LM_MAPPING[type(config)],
+    generator = copy_with_layers(trainer.teacher, transformers.MODEL_FOR_MASKED_LM_MAPPING[type(config)],
                     range(min(2, trainer.depth)), trainer.teacher.state_dict())
-    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, in_parts(trainer.train_dataset, "key"))
+    key = digest(trainer.teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, iter_batches(trainer.train_dataset, "key"))
     path = Path(CACHE, f"generator-{key}.pt")
-    if (state := load_whole(path)) is None:
-        say("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")
+    if (state := load_checked(path)) is None:
+        log("generator", "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers")
         optimizer = torch.optim.AdamW(generator.train().parameters(), 5e-4, fused=True)
-        for _ in progress(range(MLM_STEPS), desc="generator"):
+        for _ in progress_bar(range(MLM_STEPS), desc="generator"):
             batch = trainer.random_batch()
             places = trainer.mask(batch)
             scores = word_scores(generator, batch, places, trainer.mask_token_id)
@@ -2095,7 +2101,7 @@ def make_generator(trainer):
             clip_gradients(generator, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
-        save_whole(path, state := generator.state_dict())
+        save_checked(path, state := generator.state_dict())
     generator.load_state_dict(state)
     return generator.eval()
 
@@ -2107,7 +2113,7 @@ def load_generator(teacher_tokenizer=None):
         raise Problem(f"GENERATOR = {GENERATOR!r}: has {len(tokenizer):,} tokens, which are not the teacher's "
                       f"{len(teacher_tokenizer):,}. For METHOD = {METHOD!r} name a masked-language model of the "
                       "teacher's vocabulary, or None.")
-    with explain(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
+    with as_problem(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
             GENERATOR, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     kind = str((config.architectures or [""])[0])  # a classifier's head for words would be random or, for BART, forgotten
@@ -2122,11 +2128,11 @@ class HardLabelTrainer(CustomTrainer):
         hard = {name: tensor for name, tensor in inputs.items() if name != "soft_labels"}
         return super().compute_loss(model, hard, return_outputs)
 
-METHODS = {"none": HardLabelTrainer, "kd": CustomTrainer, **dict.fromkeys(TERMS, MethodTrainer)}  # METHOD → trainer
+METHODS = {"none": HardLabelTrainer, "kd": CustomTrainer, **dict.fromkeys(METHOD_TERMS, MethodTrainer)}  # METHOD → trainer
 
 # ── Option: the student as a graph for other programs ─────────────────────────────────────────────────
 
-class Graph(torch.nn.Module):
+class ExportGraph(torch.nn.Module):
     """input_ids, attention_mask (, token_type_ids), each (batch, length) → logits (batch, classes)."""
 
     def __init__(self, student):
@@ -2137,7 +2143,7 @@ class Graph(torch.nn.Module):
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}  # not all families take them
         return self.student(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
-def write_graphs(graph, example, folder):
+def export_graphs(graph, example, folder):
     """Export as EXPORT and QUANTIZE say, with free batch and length → {file name: a function: inputs → logits}."""
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=MAX_LENGTH)}
     how = dict(kwargs=example, dynamic_shapes=dict.fromkeys(example, free))
@@ -2170,12 +2176,12 @@ def export(student, rows, collate_fn, report):
     Each file is loaded again and answers `rows`; none is kept unless the graph gives the student's logits, within 1e-4
     (8-bit weights do not: there the accuracy tells). Milliseconds are per batch of 1 and of 32 texts.
     """
-    graph, labels, logits, figures = Graph(student).eval(), torch.tensor(rows["labels"][:]), {}, {}
+    graph, labels, logits, figures = ExportGraph(student).eval(), torch.tensor(rows["labels"][:]), {}, {}
     with (new_folder() as folder, warnings.catch_warnings(action="ignore"),
-          explain(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None")):
+          as_problem(f"EXPORT = {EXPORT!r}: failed, but the student is saved", "Choose another format, or None")):
         logging.disable(logging.WARNING)  # of torch.onnx, about packages that are not needed
         example = collate_fn([rows[number % len(rows)] for number in range(8)])
-        runs = {"eager": lambda inputs: graph(**inputs)} | write_graphs(graph, inputs_of(example), folder)
+        runs = {"eager": lambda inputs: graph(**inputs)} | export_graphs(graph, inputs_of(example), folder)
         for size, few in (1, rows.select(range(min(len(rows), 40)))), (32, rows):
             for name, run in runs.items():  # one after the other: their threads would be in each other's way
                 logits[name], seconds = [], []
@@ -2190,7 +2196,7 @@ def export(student, rows, collate_fn, report):
             answers = torch.cat(logits[name])
             one |= {"bytes": os.path.getsize(file), "accuracy": (answers.argmax(-1) == labels).double().mean().item(),
                     "difference": (answers - torch.cat(logits["eager"])).abs().max().item()}
-            say("export", "{:<17}{bytes:11,} bytes, accuracy {accuracy:.4f}, logits within {difference:.0e}; "
+            log("export", "{:<17}{bytes:11,} bytes, accuracy {accuracy:.4f}, logits within {difference:.0e}; "
                 "1 text {milliseconds_1[median]:.2f} ms (p95 {milliseconds_1[p95]:.2f}), "
                 "32 texts {milliseconds_32[median]:.2f} ms (p95 {milliseconds_32[p95]:.2f})".format(name, **one))
         if not figures[f"student.{EXPORT}"]["difference"] <= 1e-4:
@@ -2219,13 +2225,13 @@ def load_student(folder):
     length, returned in their order. A Problem where there is no student or a text is no text.
     """
     model, tokenizer = load_saved(folder)
-    return lambda texts: list(answers(model, tokenizer, encode_texts(tokenizer, texts)))
+    return lambda texts: list(label_scores(model, tokenizer, encode_texts(tokenizer, texts)))
 
 def load_saved(folder):
     """(model, tokenizer) of the student in `folder`."""
     folder = normalize_path(os.fspath(folder))
-    with explain(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
-        stay_inside(folder)
+    with as_problem(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
+        forbid_outside_paths(folder)
         if json.loads(Path(folder, "config.json").read_text("utf-8"))["architectures"][0] == "BiLSTM":
             model = BiLSTM.from_pretrained(folder, dtype=torch.float32)
         else:
@@ -2233,7 +2239,7 @@ def load_saved(folder):
             model = classifier_class(config).from_pretrained(folder, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.takes_types = takes_types(model.config)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, most_tokens(model.config))
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(model.config))
     return model.eval(), tokenizer
 
 def encode_texts(tokenizer, texts):
@@ -2244,15 +2250,15 @@ def encode_texts(tokenizer, texts):
         raise Problem("predict takes a list of texts, or of pairs of texts, without half characters (surrogates).")
     return encode(list(zip(*rows)), tokenizer, tokenizer.model_max_length) if rows else {"input_ids": []}
 
-def answers(model, tokenizer, encoded):
+def label_scores(model, tokenizer, encoded):
     """{"label": name, "score": probability} for each of the texts."""
     if encoded["input_ids"]:
         for score, number in zip(*classify_encoded(model, tokenizer, encoded).softmax(-1).max(-1)):
             yield {"label": model.config.id2label[int(number)], "score": float(score)}
 
-def unknown_parts(tokenizer, text):
+def unknown_words(tokenizer, text):
     """The words of a text (characters, if its tokenizer does not cut words) that are not in the vocabulary."""
-    parts = tokenizer.word_tokenizer.tokenize(bounded(text)) if cuts_words(tokenizer) else bounded(text)
+    parts = tokenizer.word_tokenizer.tokenize(limit_characters(text)) if splits_words(tokenizer) else limit_characters(text)
     return [part for part in dict.fromkeys(parts) if tokenizer.unk_token in tokenizer.tokenize(part)]
 
 def show_predictions(texts):
@@ -2269,10 +2275,10 @@ def show_predictions(texts):
         whole = list(itertools.takewhile(is_encodable, lines))
         rows = [line.split("\t") if TEXT_PAIR_COLUMN else line for line in whole]
         encoded = encode_texts(tokenizer, rows)
-        for row, answer, unknown in zip(rows, answers(model, tokenizer, encoded), encoded.get("unknown", ())):
+        for row, answer, unknown in zip(rows, label_scores(model, tokenizer, encoded), encoded.get("unknown", ())):
             print(f"{answer['label']}\t{answer['score']:.4f}", flush=True)
             if unknown and len(told) < 100:
-                new = set(unknown_parts(tokenizer, " ".join(row) if TEXT_PAIR_COLUMN else row)) - told
+                new = set(unknown_words(tokenizer, " ".join(row) if TEXT_PAIR_COLUMN else row)) - told
                 told |= new
                 if new:
                     print(f"note      the student does not know {', '.join(sorted(new))}", file=sys.stderr, flush=True)
@@ -2280,9 +2286,9 @@ def show_predictions(texts):
         if len(whole) < len(lines):
             raise Problem(f"--predict: text {count + 1} is not UTF-8. Save the texts as UTF-8.")
 
-TERM = {"teacher": "logits", "student": "logits", "loss": "kl", "weight": 1.0, "temperature": 1.0}
+DEFAULT_TERM = {"teacher": "logits", "student": "logits", "loss": "kl", "weight": 1.0, "temperature": 1.0}
 
-TERM_LOSSES = {  # name → a function: the student's tensor, the teacher's, temperature → a mean over the batch
+CUSTOM_LOSSES = {  # name → a function: the student's tensor, the teacher's, temperature → a mean over the batch
     "kl": lambda student, teacher, t: F.kl_div(F.log_softmax(student / t, -1), F.softmax(teacher / t, -1),
                                                reduction="batchmean") * t**2,
     "mse": lambda student, teacher, t: F.mse_loss(student, teacher),
@@ -2290,7 +2296,7 @@ TERM_LOSSES = {  # name → a function: the student's tensor, the teacher's, tem
     "ce": lambda student, labels, t: F.cross_entropy(student, labels),
 }
 
-class TermsTrainer(CustomTrainer):
+class CustomLossTrainer(CustomTrainer):
     """Its loss is the weighted sum of self.terms, over what call_student and call_teacher give."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -2304,12 +2310,12 @@ class TermsTrainer(CustomTrainer):
             if "no tensor" in shapes or len(set(shapes)) > 1 and term["loss"] in ("kl", "mse", "cosine"):
                 raise Problem(f"losses: {term}: the student's is {shapes[0]}, the teacher's {shapes[1]}. Name outputs, or "
                               "modules of model.named_modules(), that fit each other, or give a function as loss.")
-            function = TERM_LOSSES.get(term["loss"], term["loss"])
+            function = CUSTOM_LOSSES.get(term["loss"], term["loss"])
             loss = loss + term["weight"] * function(student, teacher, term["temperature"])
         return (loss, SequenceClassifierOutput(logits=outputs["student"]["logits"])) if return_outputs else loss
 
 @contextlib.contextmanager
-def watched(model, names):
+def record_outputs(model, names):
     """Inside, a function: inputs → all that the model returns, and what its modules of these names give, by name."""
     seen, modules = {}, dict(model.named_modules())
     first = lambda output: output if isinstance(output, torch.Tensor) else output[0]
@@ -2340,25 +2346,25 @@ def distill(teacher, student, datasets, losses=({},), collate_fn=None):
     a tensor, a tuple that begins with them, or a dict (transformers' outputs are) that holds them.
     datasets: {"train": rows, "val": rows}, Datasets or lists of dicts: input_ids, labels if there are, and so on.
     collate_fn: rows → a dict of tensors; by default the rows are padded as this file pads its own.
-    losses: a dict per term, of which only what differs from TERM need be given: teacher and student, the name of an
-    output or of a module ("labels" for the teacher: the hard labels); loss, one of TERM_LOSSES or a function of the
+    losses: a dict per term, of which only what differs from DEFAULT_TERM need be given: teacher and student, the name of an
+    output or of a module ("labels" for the teacher: the hard labels); loss, one of CUSTOM_LOSSES or a function of the
     student's tensor, the teacher's and the temperature; weight; temperature. EPOCHS, PATIENCE, LEARNING_RATE and so
     on are the constants of this file. A Problem says what does not fit.
     """
-    terms = [TERM | term for term in losses]
+    terms = [DEFAULT_TERM | term for term in losses]
     for term in terms:
-        if term.keys() != TERM.keys() or not callable(term["loss"]) and term["loss"] not in TERM_LOSSES:
-            raise Problem(f"losses: {term}: accepted are {', '.join(TERM)}; as loss {', '.join(TERM_LOSSES)} or a "
+        if term.keys() != DEFAULT_TERM.keys() or not callable(term["loss"]) and term["loss"] not in CUSTOM_LOSSES:
+            raise Problem(f"losses: {term}: accepted are {', '.join(DEFAULT_TERM)}; as loss {', '.join(CUSTOM_LOSSES)} or a "
                           "function.")
     data = {split: with_lengths(rows) for split, rows in datasets.items()}
     normalize_paths()
     make_cache()
-    trainer = make_trainer(student, data, collate_fn or collate, EPOCHS, LEARNING_RATE, PATIENCE, TermsTrainer)
-    if processes() > 1:
+    trainer = make_trainer(student, data, collate_fn or collate, EPOCHS, LEARNING_RATE, PATIENCE, CustomLossTrainer)
+    if world_size() > 1:
         raise Problem("distill runs in one process.")
     trainer.terms, names = terms, lambda role: {term[role] for term in terms}
-    with (watched(teacher.eval(), names("teacher")) as trainer.call_teacher,
-          watched(student, names("student")) as trainer.call_student):
+    with (record_outputs(teacher.eval(), names("teacher")) as trainer.call_teacher,
+          record_outputs(student, names("student")) as trainer.call_student):
         train(trainer, Path(CACHE, "distill.pt"), recipe=[teacher, *map(repr, terms)])
     return student.eval()
 
@@ -2383,15 +2389,15 @@ def check_settings():
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
         if EXPORT == "onnx" and missing:
             faults.append(f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}")
-        if GENERATOR and not AUGMENT and "D′" not in TERMS.get(METHOD, ()):
+        if GENERATOR and not AUGMENT and "KL′" not in METHOD_TERMS.get(METHOD, ()):
             faults.append(f'GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "mate" or "cilda"')
-        if METHOD in TERMS and STUDENT != "bert":
+        if METHOD in METHOD_TERMS and STUDENT != "bert":
             faults.append(f'METHOD = {METHOD!r}: needs STUDENT = "bert"')
         if METHOD == "none" and (UNLABELED or AUGMENT):
             faults.append(f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and AUGMENT")
         if METHOD != "kd" and LOGIT_LOSS != "kl":
             faults.append(f'LOGIT_LOSS = {LOGIT_LOSS!r}: needs METHOD = "kd"')
-        if METHOD in TERMS and processes() > 1:
+        if METHOD in METHOD_TERMS and world_size() > 1:
             faults.append(f'METHOD = {METHOD!r}: runs in one process; several accept "none" and "kd"')
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
@@ -2449,7 +2455,7 @@ def make_cache():
 class Problem(Exception):
     """Something the user can put right; the message says what is wrong, what is accepted and what to do."""
 
-def text(value):
+def is_text(value):
     """Is it a text: neither empty nor with half a character?"""
     return isinstance(value, str) and value.strip() != "" and is_encodable(value)
 
@@ -2457,51 +2463,51 @@ def is_encodable(value):
     """Whether UTF-8 can hold a text: it has no half character (a lone surrogate)."""
     return re.search("[\ud800-\udfff]", value) is None
 
-def a_name(value):
-    return text(value) and "\0" not in value
+def is_name(value):
+    return is_text(value) and "\0" not in value
 
-def number(low, high=sys.float_info.max, kinds=(int, float)):
+def in_range(low, high=sys.float_info.max, kinds=(int, float)):
     """A test: is a value a number of these kinds, low <= value <= high? NaN and infinity are not."""
     return lambda value: type(value) in kinds and low <= value <= high
 
-def choice(*values):
+def one_of(*values):
     return " or ".join(f'"{value}"' if value else "None" for value in values), values.__contains__
 
-def weights(count):  # with neither CE nor KL there would be no validation loss
+def loss_weights(count):  # with neither CE nor KL there would be no validation loss
     return f"{count} numbers from 0, the first or the second above 0", lambda value: (
-        isinstance(value, (tuple, list)) and len(value) == count and all(map(number(0), value)) and any(value[:2]))
+        isinstance(value, (tuple, list)) and len(value) == count and all(map(in_range(0), value)) and any(value[:2]))
 
 ACCEPTED = {name: (test, words) for names, words, test in [  # setting → its test, and what it accepts in words
-    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", a_name),
+    ("TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO", "a text", is_name),
     ("TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR", "a text or None",
-     lambda value: value is None or a_name(value)),
+     lambda value: value is None or is_name(value)),
     ("TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS", "a whole number from 1",
-     number(1, kinds=[int])),
-    ("NUM_LAYERS", "a whole number from 1 to 100", number(1, 100, [int])),
-    ("BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION", "a whole number from 1 to 10000", number(1, 10_000, [int])),
+     in_range(1, kinds=[int])),
+    ("NUM_LAYERS", "a whole number from 1 to 100", in_range(1, 100, [int])),
+    ("BILSTM_EMBEDDING BILSTM_HIDDEN PROJECTION", "a whole number from 1 to 10000", in_range(1, 10_000, [int])),
     ("TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM CRD_TEMPERATURE "
-     "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", number(sys.float_info.min)),
-    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", number(0)),
-    ("AUGMENT REFIT_WORDS", "a whole number from 0", number(0, kinds=[int])),
-    ("MAX_LENGTH", "a whole number from 4", number(4, kinds=[int])),
-    ("SEED", "a whole number from 0 to 2147483648", number(0, 2**31, [int])),
-    ("DROPOUT", "a number from 0, below 1, or None", lambda value: value is None or number(0, 0.999)(value)),
-    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", number(0, 1)),
-    ("TRAIN_FRACTION", "a number above 0, at most 1", number(sys.float_info.min, 1)),
-    ("METHOD", *choice("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
-    ("GENERATOR_WEIGHTS", *weights(2)),
-    ("RAIL_WEIGHTS MATE_WEIGHTS", *weights(3)),
-    ("CILDA_WEIGHTS", *weights(4)),
-    ("MINILD_WEIGHTS", *weights(6)),
-    ("STUDENT", *choice("bert", "bilstm")),
-    ("LOGIT_LOSS", *choice("kl", "mse")),
-    ("SCHEDULE", *choice("linear", "constant")),
-    ("BILSTM_WORDS", *choice("own", "teacher")),
-    ("EXPORT", *choice(None, "pt2", "onnx")),
-    ("QUANTIZE", *choice(None, "int8")),
+     "GENERATOR_LEARNING_RATE GENERATOR_MAX_GRAD_NORM", "a number above 0", in_range(sys.float_info.min)),
+    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", in_range(0)),
+    ("AUGMENT REFIT_WORDS", "a whole number from 0", in_range(0, kinds=[int])),
+    ("MAX_LENGTH", "a whole number from 4", in_range(4, kinds=[int])),
+    ("SEED", "a whole number from 0 to 2147483648", in_range(0, 2**31, [int])),
+    ("DROPOUT", "a number from 0, below 1, or None", lambda value: value is None or in_range(0, 0.999)(value)),
+    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", in_range(0, 1)),
+    ("TRAIN_FRACTION", "a number above 0, at most 1", in_range(sys.float_info.min, 1)),
+    ("METHOD", *one_of("none", "kd", "rail", "mate", "cilda", "cilda+minild")),
+    ("GENERATOR_WEIGHTS", *loss_weights(2)),
+    ("RAIL_WEIGHTS MATE_WEIGHTS", *loss_weights(3)),
+    ("CILDA_WEIGHTS", *loss_weights(4)),
+    ("MINILD_WEIGHTS", *loss_weights(6)),
+    ("STUDENT", *one_of("bert", "bilstm")),
+    ("LOGIT_LOSS", *one_of("kl", "mse")),
+    ("SCHEDULE", *one_of("linear", "constant")),
+    ("BILSTM_WORDS", *one_of("own", "teacher")),
+    ("EXPORT", *one_of(None, "pt2", "onnx")),
+    ("QUANTIZE", *one_of(None, "int8")),
     ("INIT_LAYERS", '"first", "middle", "last", "spread" or NUM_LAYERS numbers such as (0, 11)', lambda value: (
         value in INIT if isinstance(value, str) else isinstance(value, (tuple, list)) and len(value) == NUM_LAYERS
-        and all(map(number(0, kinds=[int]), value)))),
+        and all(map(in_range(0, kinds=[int]), value)))),
 ] for name in names.split()}
 
 def read_command_line(argv):
@@ -2522,22 +2528,22 @@ def read_command_line(argv):
                                help=f"{setting[2] or ''} [{globals()[setting[1]]}]".replace("%", "%%"))
     options = vars(parser.parse_args(argv))
     predict = options.pop("predict")
-    GIVEN.clear()
+    COMMAND_LINE_SETTINGS.clear()
     for name, given in options.items():
-        GIVEN.add(name.upper())
+        COMMAND_LINE_SETTINGS.add(name.upper())
         value, accepts = given, ACCEPTED[name.upper()][0]
         with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
             value = ast.literal_eval(re.sub(r"\b(\d+)/(\d+)\b", lambda part: str(int(part[1]) / int(part[2])), given))
         globals()[name.upper()] = given if accepts(given) and not accepts(value) else value
     return predict
 
-GIVEN = set()  # the settings given on the command line
+COMMAND_LINE_SETTINGS = set()  # the settings given on the command line
 SAMPLE_TEACHER = "./finetuned_bert_japanese"  # the TEACHER for which, as long as it is not there, a sample teacher stands in
-PATHS = "TEACHER", "TEACHER_BASE", "TOKENIZER", "DATA", "STUDENT_INIT", "OUTPUT", "CACHE", "UNLABELED", "GENERATOR"
+PATH_SETTINGS = "TEACHER", "TEACHER_BASE", "TOKENIZER", "DATA", "STUDENT_INIT", "OUTPUT", "CACHE", "UNLABELED", "GENERATOR"
 
 def normalize_paths():
     """Expand ~ in every setting that may be a path, and drop slashes at its end. A hub name stays as it is."""
-    for name in PATHS:
+    for name in PATH_SETTINGS:
         if isinstance(globals()[name], str):
             globals()[name] = normalize_path(globals()[name])
 
@@ -2548,19 +2554,19 @@ def normalize_path(path):
     return path
 
 @contextlib.contextmanager
-def explain(what, advice):
+def as_problem(what, advice):
     """Turn whatever a library raises inside the block into a Problem: what failed, why, and what to do."""
     try:
         yield
     except Exception as error:
         if isinstance(error, Problem):
             raise
-        if problem := full_disk(error):
+        if problem := full_disk_problem(error):
             raise problem from error
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise Problem(f"{what}: {reason.splitlines()[0].rstrip('.:')}. {advice}.") from error
 
-def full_disk(error):
+def full_disk_problem(error):
     """A Problem if an error, or one that led to it, is the system's for a disk, quota or file that cannot grow; else None."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
@@ -2574,7 +2580,7 @@ def full_disk(error):
 
 # ── Files: written whole or not at all ────────────────────────────────────────────────────────────────
 
-def save_whole(path, content):
+def save_checked(path, content):
     """Write tensors and plain values with a checksum; a kill at any moment leaves the old file or the new."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -2588,15 +2594,15 @@ def save_whole(path, content):
     finally:  # a disk that is full is not kept full
         Path(f"{path}.distill_new").unlink(missing_ok=True)
 
-def load_whole(path):
-    """What save_whole wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
+def load_checked(path):
+    """What save_checked wrote; None if there is nothing, or (said) if it is damaged. No code in it can run."""
     if not os.path.isfile(path):
         return None
     content = Path(path).read_bytes()
     with contextlib.suppress(Exception):  # a pickle of something else, with the right checksum
         if hashlib.sha256(content[32:]).digest() == content[:32]:
             return torch.load(io.BytesIO(content[32:]), weights_only=True)
-    say("note", f"{path} is damaged: it is not used, and made anew")
+    log("note", f"{path} is damaged: it is not used, and made anew")
 
 def file_digest(path):
     state = hashlib.sha256()
@@ -2609,9 +2615,9 @@ def save_folder(folder, model, tokenizer, more=lambda new: None):
     """Write a model, its tokenizer and what more(new) adds; a kill at any moment leaves a whole old or new folder."""
     name, folder = folder, os.path.realpath(folder)  # of a link, what it points to is replaced
     new, old = Path(f"{folder}.distill_new"), Path(f"{folder}.distill_old")
-    tidy(folder)
+    recover_folder(folder)
     try:
-        with explain(f"{name} cannot be written", "What was saved before is still there; the same command goes on from here"):
+        with as_problem(f"{name} cannot be written", "What was saved before is still there; the same command goes on from here"):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             more(new)
@@ -2622,9 +2628,9 @@ def save_folder(folder, model, tokenizer, more=lambda new: None):
                 os.rename(folder, old)
             os.rename(new, folder)
     finally:
-        tidy(folder)
+        recover_folder(folder)
 
-def tidy(folder):
+def recover_folder(folder):
     """Put right what a kill or a full disk inside save_folder left."""
     folder = os.path.realpath(folder)
     if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
@@ -2632,17 +2638,17 @@ def tidy(folder):
     for left in ".distill_new", ".distill_old":
         shutil.rmtree(f"{folder}{left}", ignore_errors=True)
 
-def clear():
+def clear_temporary_files():
     """Remove what a run that was killed left half-written."""
     shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
     for left in Path(CACHE).glob("*.distill_new"):
         if left.is_file():
             left.unlink()
-    tidy(OUTPUT)
+    recover_folder(OUTPUT)
     if os.path.exists(TEACHER):  # it is made, and needs no lock any more
         Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
 
-def rehearse_saving():
+def check_output_replaceable():
     """Rename OUTPUT away and back, as saving it will: what cannot be renamed, a mount point say, is told before any work."""
     output = os.path.realpath(OUTPUT)
     if left := [path for path in (f"{output}.distill_old", f"{output}.distill_new") if os.path.exists(path)]:
@@ -2650,13 +2656,13 @@ def rehearse_saving():
     if os.path.exists(output):
         if not os.access(output, os.W_OK | os.X_OK):
             raise Problem(f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or name another.")
-        with explain(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
+        with as_problem(f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
                      f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one"):
             os.rename(output, f"{output}.distill_old")
             os.rename(f"{output}.distill_old", output)
 
 @contextlib.contextmanager
-def alone():
+def run_lock():
     """Inside, this run alone uses CACHE and OUTPUT: another would take its files. The locks die with their owner."""
     locks = {"CACHE": Path(CACHE, "lock"), "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock")}
     if TEACHER_BASE is not None and not os.path.exists(TEACHER):
@@ -2672,16 +2678,16 @@ def alone():
             stack.callback(locks[name].unlink, missing_ok=True)
         yield
 
-def strings(value):
+def iter_strings(value):
     """All texts among the values of what json.loads gave."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [one for part in inner for one in strings(part)]
+    return [value] if isinstance(value, str) else [one for part in inner for one in iter_strings(part)]
 
-def stay_inside(folder):
+def forbid_outside_paths(folder):
     """A Problem if an index of files in `folder`, which may come from a stranger, names one outside it."""
     patterns = "*.index.json", "dataset_dict.json", "**/state.json"
     for index in itertools.chain.from_iterable(map(Path(folder).glob, patterns)):
-        if out := [one for one in strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
+        if out := [one for one in iter_strings(json.loads(index.read_text("utf-8"))) if {"..", "/"} & {*Path(one).parts}]:
             raise Problem(f"{index} names {out[0]!r}, which is not in its folder and is not opened. Correct or "
                           "delete it.")
 
@@ -2697,10 +2703,10 @@ def digest(*parts):
         state.update(repr(part).encode("utf-8", "surrogatepass"))
     return state.hexdigest()[:24]
 
-def say(stage, message):
+def log(stage, message):
     print(f"{stage:<9} {message}", flush=True)
 
-def progress(steps, **options):
+def progress_bar(steps, **options):
     """`steps`, with a bar on a terminal that tells the time that remains."""
     return tqdm(steps, leave=False, disable=None if rank() == 0 else True, **options)
 
@@ -2710,24 +2716,24 @@ def rank():
     """The number of this process; 0 is the one that reads the caches, writes and speaks."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
-def processes():
+def world_size():
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
-def own(things):
+def shard(things):
     """This process's share of a list or an array: every n-th."""
-    return things[rank()::processes()]
+    return things[rank()::world_size()]
 
-def from_main(make):
+def on_main_process(make):
     """What make() gives in process 0, for all; the others wait for it."""
     made = [make() if rank() == 0 else None]
-    if processes() > 1:
+    if world_size() > 1:
         torch.distributed.broadcast_object_list(made)
     return made[0]
 
-def from_all(thing):
+def gather_from_all(thing):
     """[thing of process 0, of process 1, …], for all."""
-    things = [thing] * processes()
-    if processes() > 1:
+    things = [thing] * world_size()
+    if world_size() > 1:
         torch.distributed.all_gather_object(things, thing)
     return things
 
@@ -2749,19 +2755,19 @@ def main(argv=None):
         if texts is not None:
             return show_predictions(texts)
         PartialState(cpu=True, timeout=timedelta(days=30))  # finds the other processes, if there are any
-        from_main(check_settings)
+        on_main_process(check_settings)
         with contextlib.ExitStack() as stack:
             if rank():
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             else:
-                stack.enter_context(alone())
+                stack.enter_context(run_lock())
             run()
     except Problem as problem:
         sys.exit(f"distill.py: {problem}" if rank() == 0 else f"distill.py, process {rank()}: {problem}")
     except KeyboardInterrupt:
         sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
     except RuntimeError as error:
-        if processes() == 1 or "onnection" not in str(error):
+        if world_size() == 1 or "onnection" not in str(error):
             raise
         sys.exit(f"distill.py, process {rank()}: stops, for another process has; that one's message tells why")
     except BrokenPipeError:
@@ -2769,7 +2775,7 @@ def main(argv=None):
         sys.exit("distill.py: the program that read its output has ended, so that it stops, too; the same command goes on from here")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        problem = full_disk(error) or (f"{where}{error.strerror or error}. What was saved before is still there; once this is put "
+        problem = full_disk_problem(error) or (f"{where}{error.strerror or error}. What was saved before is still there; once this is put "
                                        "right, the same command goes on from here.")
         sys.exit(f"distill.py: {problem}")
 

@@ -99,7 +99,7 @@ def inference():
 
 def forward_seconds(model, rows, tokens, collate_fn):
     """Of the forward passes alone, over all rows, as the script's report counts them."""
-    return sum(one for *_, one in distill.predict(model, distill.inference_loader(rows, collate_fn, tokens)))
+    return sum(one for *_, one in distill.timed_logits(model, distill.inference_loader(rows, collate_fn, tokens)))
 
 
 def student_vs_teacher(setup):
@@ -130,7 +130,7 @@ def share_of_products(setup, model, n):
     loader, lengths = distill.inference_loader(rows, setup.collate_fn), rows["length"][:]
     a, b = torch.randn(2, 2048, 2048)
     rates = []  # batch by batch, each beside a plain product of about its size
-    for batch, (*_, time_of_batch) in zip(loader.batch_sampler, distill.predict(model, loader)):
+    for batch, (*_, time_of_batch) in zip(loader.batch_sampler, distill.timed_logits(model, loader)):
         work = sum(operations(lengths[row]) for row in batch)
         times = max(1, round(work / (2 * 2048**3)))
         rates.append((work / time_of_batch, times * 2 * 2048**3 / seconds(lambda: [a @ b for _ in range(times)])))

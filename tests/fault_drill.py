@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TIMES = "seconds", "texts_per_second", "speedup"
 # The script itself, but the teacher's answers are saved every 50 ms and asked for in small batches, so that kills fall between
-SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill; distill.SAVE_SECONDS = 0.05; distill.TOKENS = 256; distill.main()"
+SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill; distill.SAVE_SECONDS = 0.05; distill.TOKENS_PER_BATCH = 256; distill.main()"
 OPTIONS = ["--teacher-base", "base", "--teacher-epochs", "3", "--teacher-learning-rate", "1e-3", "--data", "data", "--max-length", "32",
            "--epochs", "6", "--patience", "9", "--batch-size", "8"]
 

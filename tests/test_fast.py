@@ -117,7 +117,7 @@ def test_dropout_falls_in_the_same_places(monkeypatch):
         kind = by_key if x.shape[-1] == 9 else by_unit  # (5, 2, 9, 9) or (5, 2, 9); (5, 9, 32) or (5, 32)
         return x * (kind if x.dim() == kind.dim() else kind.unsqueeze(-2))
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    monkeypatch.setattr(distill.Dropout, "forward", torch.nn.Dropout.forward)
+    monkeypatch.setattr(distill.FastDropout, "forward", torch.nn.Dropout.forward)
     stock, ours = pair(num_hidden_layers=1, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.2, classifier_dropout=0.4)
     stock.set_attn_implementation("eager")
     for model in stock, ours:
@@ -131,7 +131,7 @@ def test_dropout_falls_in_the_same_places(monkeypatch):
 def test_dropout_keeps_its_distribution(p, shape):
     """What stays is x / (1 - p); each unit falls out with probability p, independent of its neighbours and of last time."""
     torch.manual_seed(0)
-    dropout, x = distill.Dropout(p), torch.randn(shape).requires_grad_()
+    dropout, x = distill.FastDropout(p), torch.randn(shape).requires_grad_()
     y, again = dropout(x), dropout(x)
     out = y == 0
     assert torch.allclose(y, torch.where(out, 0, x / (1 - p)))
@@ -141,13 +141,13 @@ def test_dropout_keeps_its_distribution(p, shape):
     for share, expected in ((flat, p), (flat & (again == 0).flatten(), p**2), (flat[1:] & flat[:-1], p**2), (flat[7:] & flat[:-7], p**2),
                             (flat[:99], p), (flat[-99:], p)):
         assert abs(share.double().mean() - expected) < 5 * (expected * (1 - expected) / len(share)) ** 0.5
-    assert dropout.eval()(x) is x and not (distill.Dropout(0.0)(x) == 0).any()
+    assert dropout.eval()(x) is x and not (distill.FastDropout(0.0)(x) == 0).any()
 
 
 def test_every_dropout_of_the_model_is_the_fast_one():
     _, ours = pair()
     kinds = [type(module) for module in ours.modules() if isinstance(module, torch.nn.Dropout)]
-    assert kinds == [distill.Dropout] * (1 + 3 * 3 + 1)
+    assert kinds == [distill.FastDropout] * (1 + 3 * 3 + 1)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1, 1]), torch.tensor([[0], [1], [1]])])
@@ -209,7 +209,7 @@ def test_the_gradient_written_by_hand_by_finite_differences():
     mask[1, 0, 3:] = torch.finfo(torch.float64).min
     keep = (torch.rand(2, 3, 5, generator=generator) > 0.3).double() / 0.7
     for given in (None, None), (mask, None), (mask, keep):
-        assert torch.autograd.gradcheck(lambda x, score: distill.Attend.apply(x, score, *given), (draw(2, 5, 4), draw(2, 3, 4)))
+        assert torch.autograd.gradcheck(lambda x, score: distill.ClsAttention.apply(x, score, *given), (draw(2, 5, 4), draw(2, 3, 4)))
 
 
 def test_it_looks_and_is_saved_like_the_stock_class():
@@ -385,7 +385,7 @@ def test_gradients_are_clipped_as_torch_does():
 
 def test_batches_of_inference_hold_each_row_once_and_few_tokens():
     lengths = [int(x) for x in torch.randint(3, 200, (500,), generator=torch.Generator().manual_seed(0))] + [5000]
-    batches = list(distill.longest_first(lengths, 1024))
+    batches = list(distill.token_budget_batches(lengths, 1024))
     assert sorted(row for batch in batches for row in batch) == list(range(501))
     sizes = [max(lengths[row] for row in batch) * len(batch) for batch in batches]
     assert sizes[0] == 5000 and max(sizes[1:]) <= 1024 and batches[0] == [500]

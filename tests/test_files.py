@@ -93,7 +93,7 @@ def test_a_kill_during_export_leaves_nothing_in_the_way(teacher, data, run, monk
     for moment in "writing", "moving":
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
             if moment == "writing":
-                patch.setattr(distill, "write_graphs", killed)
+                patch.setattr(distill, "export_graphs", killed)
                 patch.setattr(distill.shutil, "rmtree", lambda *given, **more: None)  # a kill clears nothing away
             else:
                 patch.setattr(os, "replace", lambda source, target, replace=os.replace: exit("killed") if str(target).endswith(
@@ -216,7 +216,7 @@ def test_a_teacher_that_is_named_is_never_replaced_by_the_sample_teacher(name, m
 
 
 def test_a_teacher_named_in_the_file_is_never_replaced_by_the_sample_teacher(monkeypatch):
-    distill.GIVEN.clear()
+    distill.COMMAND_LINE_SETTINGS.clear()
     assert distill.find_teacher()[0].endswith("sample_teacher")
     monkeypatch.setattr(distill, "TEACHER", "./mine")
     assert distill.find_teacher() == ("./mine", None)
@@ -241,7 +241,7 @@ def test_a_message_blames_the_disk_only_for_what_the_disk_did(teacher, data, fai
     monkeypatch.setattr(distill.BertForSequenceClassification, "save_pretrained", save_pretrained)
     message = fails("--epochs", "1")
     assert os.strerror(number) in message and ("Make room" in message) == room and "What was saved before is still there" in message
-    monkeypatch.setattr(distill, "save_whole", save_pretrained)
+    monkeypatch.setattr(distill, "save_checked", save_pretrained)
     message = fails("--epochs", "1", "--cache", "other")
     assert os.strerror(number) in message and ("Make room" in message) == room
 

@@ -13,7 +13,7 @@ import distill
 from conftest import SAMPLE, VOCABULARY, history, report, rows, save_generator, write_csv
 
 FAMILIES = {family: methods for family, methods in distill.FAMILIES.items() if family != "bert"}
-METHODS = list(distill.TERMS)
+METHODS = list(distill.METHOD_TERMS)
 MODEL = Path("distilled_model/model.safetensors")
 
 
@@ -76,7 +76,7 @@ def make(settings, tmp_path):
         data = distill.add_soft_labels(distill.tokenize(data, tokenizer), teacher, distill.collate)
         trainer = distill.make_trainer(distill.build_student(teacher), data, distill.collate, 2, 1e-3, 9,
                                        distill.METHODS[method])
-        if method in distill.TERMS:
+        if method in distill.METHOD_TERMS:
             trainer.prepare(teacher, tokenizer)
         trainer.state.epoch = 1
         trainer.create_optimizer_and_scheduler(100)
@@ -135,7 +135,7 @@ def test_the_sum_of_a_method_by_hand(make, settings, method):
             (model(ids, attention_mask=mask, output_hidden_states=True) for model in (teacher, student)))
         log_t, log_s = z_t.log_softmax(-1), z_s.log_softmax(-1)
         losses["CE" + mark] = -sum(log_s[row, label] for row, label in enumerate(batch["labels"])) / len(ids)
-        losses["D" + mark] = (log_t.exp() * (log_t - log_s)).sum() / len(ids)
+        losses["KL" + mark] = (log_t.exp() * (log_t - log_s)).sum() / len(ids)
         if method == "rail":
             chosen = sorted(distill.np.random.default_rng([distill.SEED, 1]).choice(3, 2, replace=False))
             mean = lambda layers: torch.stack([
@@ -147,13 +147,13 @@ def test_the_sum_of_a_method_by_hand(make, settings, method):
             pair = [project(torch.cat([h[:, 0] for h in layers], -1)) for project, layers in
                     zip(trainer.projections, (h_t, h_s))]
             losses["CRD" + mark] = distill.contrastive_loss(*pair)
-    weights = dict(zip(distill.TERMS[method], {
+    weights = dict(zip(distill.METHOD_TERMS[method], {
         "rail": (1 / 3, 1 / 3, 1 / 3), "mate": (1 / 3, 1 / 3, 1 / 3), "cilda": (0.333, 0.333, 0.222, 0.111),
         "cilda+minild": (2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12)}[method]))
     assert found == pytest.approx(sum(weight * losses[term].item() for term, weight in weights.items()), rel=1e-5)
     student.eval()
     assert trainer.compute_loss(student, batch).item() == pytest.approx(
-        weights["CE"] * losses["CE"].item() + weights["D"] * losses["D"].item(), rel=1e-5)
+        weights["CE"] * losses["CE"].item() + weights["KL"] * losses["KL"].item(), rel=1e-5)
 
 
 def test_none_is_the_hard_labels_alone(teacher, data, run):
@@ -199,7 +199,7 @@ def test_the_generator_raises_what_the_student_lowers(make, method):
         """D′ on the fixed batch: a mean over 30 drawings, always the same random numbers."""
         torch.manual_seed(0)
         with torch.no_grad():
-            return sum(trainer.losses(batch, False, trainer.rewrite(batch))[0]["D"].item() for _ in range(30)) / 30
+            return sum(trainer.losses(batch, False, trainer.rewrite(batch))[0]["KL"].item() for _ in range(30)) / 30
     before, student = d(), {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     for _ in range(10):
         trainer.generator_step(batch)
@@ -277,7 +277,7 @@ def test_a_rewritten_batch_is_answered_like_its_ids(make, family, flow):
         ids[places] = words.argmax(-1) if flow else words
         for model in trainer.teacher, trainer.model.eval():
             stock = model(ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
-            logits, layers = distill.ask(model, batch, (places, words), trainer.pool(batch))
+            logits, layers = distill.forward_with_layers(model, batch, (places, words), trainer.pool(batch))
             assert torch.allclose(logits, stock.logits, atol=1e-5)
             states = (stock.get("encoder_hidden_states") or stock.hidden_states)[1:]
             assert torch.allclose(layers, torch.stack([one[:, 0] for one in states], 1), atol=1e-5)

@@ -67,7 +67,7 @@ def test_score_by_hand():
     def half(chosen):  # logits of 1/2 for these classes, 1/4 for the two others
         return (torch.full((6, 3), 0.25) + torch.eye(3)[chosen] / 4).log() + 7
 
-    figures = distill.score(half([0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2]), half([0, 1, 0, 1, 1, 2]), 2.0)
+    figures = distill.compute_metrics(half([0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2]), half([0, 1, 0, 1, 1, 2]), 2.0)
     # F1: class 0 = 2·2 / (4 + 3); class 1 = 2·1 / (2 + 2); class 2 = 0, for it stands in the labels but is never chosen
     assert figures == {"examples": 6, "accuracy": 0.5, "macro_f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
                        "agreement": 2 / 6, "seconds": 2.0, "texts_per_second": 3.0,
@@ -332,8 +332,8 @@ def test_a_batch_is_padded_to_its_own_longest_row():
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 5000])
 def test_each_epoch_sees_each_row_once_in_batches_of_like_length(n):
     lengths = np.random.default_rng(0).integers(3, 60, n)
-    first, second = (distill.shuffled(lengths, 32, seed).tolist() for seed in (1, 2))
-    assert sorted(first) == sorted(second) == list(range(n)) and first == distill.shuffled(lengths, 32, 1).tolist()
+    first, second = (distill.length_grouped_order(lengths, 32, seed).tolist() for seed in (1, 2))
+    assert sorted(first) == sorted(second) == list(range(n)) and first == distill.length_grouped_order(lengths, 32, 1).tolist()
     padded = lambda order: sum(max(lengths[order[i:i + 32]]) * len(order[i:i + 32]) for i in range(0, n, 32))
     if n == 5000:
         assert first != second
@@ -344,7 +344,7 @@ def test_each_epoch_sees_each_row_once_in_batches_of_like_length(n):
 
 def test_the_loaders_of_the_trainer_keep_soft_labels_and_every_row(teacher, data, run, monkeypatch):
     seen = {}
-    judge = distill.judge
+    judge = distill.record_epoch
 
     def look(trainer, row):
         loaders = {"train": trainer.get_train_dataloader(), "val": trainer.get_eval_dataloader(),
@@ -352,7 +352,7 @@ def test_the_loaders_of_the_trainer_keep_soft_labels_and_every_row(teacher, data
         seen.update({name: [batch for batch in loader] for name, loader in loaders.items()})
         assert {*map(len, loaders["train"].batch_sampler)} <= {trainer.args.train_batch_size, 48 % trainer.args.train_batch_size}
         return judge(trainer, row)
-    monkeypatch.setattr(distill, "judge", look)
+    monkeypatch.setattr(distill, "record_epoch", look)
     run("--epochs", "1", "--batch-size", "5")  # 48 and 16 are no multiples of 5 and 10
     for name, n in ("train", 48), ("val", 16), ("test", 16):
         assert sum(len(batch["labels"]) for batch in seen[name]) == n
@@ -447,11 +447,11 @@ def test_importing_runs_nothing_and_leaves_settings_to_call_time(settings):
 
 
 def test_a_saved_file_is_whole_or_not_there(settings, monkeypatch):
-    distill.save_whole("a.pt", {"x": torch.arange(3)})
+    distill.save_checked("a.pt", {"x": torch.arange(3)})
     monkeypatch.setattr(distill.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError):
-        distill.save_whole("a.pt", {"x": torch.arange(4)})
-    assert distill.load_whole("a.pt")["x"].tolist() == [0, 1, 2]
+        distill.save_checked("a.pt", {"x": torch.arange(4)})
+    assert distill.load_checked("a.pt")["x"].tolist() == [0, 1, 2]
 
 
 def test_no_code_in_a_saved_file_runs(capsys):
@@ -465,7 +465,7 @@ def test_no_code_in_a_saved_file_runs(capsys):
     buffer = io.BytesIO()
     torch.save(Evil(), buffer)
     Path("a.pt").write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-    assert distill.load_whole(Path("a.pt")) is None and not Path("hacked").exists()
+    assert distill.load_checked(Path("a.pt")) is None and not Path("hacked").exists()
     assert "a.pt is damaged" in capsys.readouterr().out
 
 

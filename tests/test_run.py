@@ -99,8 +99,8 @@ def test_the_cpu_is_used_even_where_there_is_more(teacher, data, run, monkeypatc
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     devices = []
-    judge = distill.judge
-    monkeypatch.setattr(distill, "judge", lambda trainer, row: devices.append(
+    judge = distill.record_epoch
+    monkeypatch.setattr(distill, "record_epoch", lambda trainer, row: devices.append(
         (trainer.args.device.type, trainer.model.device.type)) or judge(trainer, row))
     run("--epochs", "1")
     assert devices == [("cpu", "cpu")]
@@ -257,7 +257,7 @@ def test_the_teacher_sees_each_sentence_once_over_all_runs(teacher, data, run):
 
 
 def test_a_stopped_teacher_pass_goes_on(teacher, data, run, monkeypatch):
-    predict, calls = distill.predict, []
+    predict, calls = distill.timed_logits, []
 
     def killed(model, loader):
         for answer in predict(model, loader):
@@ -265,11 +265,11 @@ def test_a_stopped_teacher_pass_goes_on(teacher, data, run, monkeypatch):
             if len(calls) == 4:
                 raise RuntimeError("killed")
             yield answer
-    monkeypatch.setattr(distill, "predict", killed)
-    monkeypatch.setattr(distill, "TOKENS", 200)
+    monkeypatch.setattr(distill, "timed_logits", killed)
+    monkeypatch.setattr(distill, "TOKENS_PER_BATCH", 200)
     with pytest.raises(RuntimeError):
         run()
-    monkeypatch.setattr(distill, "predict", predict)
+    monkeypatch.setattr(distill, "timed_logits", predict)
     done = sum(calls[1:3])  # the first is the warm-up, the fourth came to nothing
     assert 0 < done < 80 and labelled(run()) == (80 - done, done)
 

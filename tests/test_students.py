@@ -59,15 +59,15 @@ def test_a_text_without_a_label_counts_by_its_soft_label_alone(settings):
 
 def test_the_losses_of_terms_by_hand():
     student, teacher = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
-    loss = lambda name, t=1.0: distill.TERM_LOSSES[name](student, teacher, t).item()
+    loss = lambda name, t=1.0: distill.CUSTOM_LOSSES[name](student, teacher, t).item()
     kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert loss("kl") == pytest.approx(kl, rel=1e-6)
     low, high = 1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))
     assert loss("kl", 2.0) == pytest.approx(4 * (0.5 * math.log(0.5 / low) + 0.5 * math.log(0.5 / high)), rel=1e-5)
     assert loss("mse") == pytest.approx(math.log(3) ** 2 / 2, rel=1e-6)
-    cosine = distill.TERM_LOSSES["cosine"](torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), 1.0)
+    cosine = distill.CUSTOM_LOSSES["cosine"](torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), 1.0)
     assert cosine.item() == pytest.approx(1 - 1 / math.sqrt(2), rel=1e-6)
-    ce = distill.TERM_LOSSES["ce"](student, torch.tensor([1]), 1.0)
+    ce = distill.CUSTOM_LOSSES["ce"](student, torch.tensor([1]), 1.0)
     assert ce.item() == pytest.approx(-math.log(0.75), rel=1e-6)
 
 
@@ -149,7 +149,7 @@ def rust():
 def copies(texts, tokenizer, settings, n=3, mask=0.1, ngram=0.25, seed=42):
     for name, value in ("AUGMENT", n), ("AUGMENT_MASK", mask), ("AUGMENT_NGRAM", ngram), ("SEED", seed):
         settings.setattr(distill, name, value)
-    return distill.copies({"text": texts}, range(len(texts)), distill.word_cutter(tokenizer))
+    return distill.augment({"text": texts}, range(len(texts)), distill.make_word_splitter(tokenizer))
 
 
 TEXTS = [text for text, _ in rows("train", 40)]
@@ -190,9 +190,9 @@ def test_copies_follow_their_probabilities_and_the_seed(japanese, settings):
 
 def test_a_text_is_cut_into_words_once(japanese, settings):
     seen = []
-    words = distill.word_cutter(japanese)
+    words = distill.make_word_splitter(japanese)
     settings.setattr(distill, "AUGMENT", 7)
-    made = distill.copies({"text": TEXTS}, range(len(TEXTS)), lambda text: seen.append(text) or words(text))["text"]
+    made = distill.augment({"text": TEXTS}, range(len(TEXTS)), lambda text: seen.append(text) or words(text))["text"]
     settings.setattr(japanese.word_tokenizer, "tokenize", lambda *a, **b: pytest.fail("MeCab was asked again"))
     distill.encode([made], japanese, 32)
     assert seen == TEXTS
@@ -344,8 +344,8 @@ def test_exports_in_a_fresh_process(teacher, data, run, student):
 
 
 def test_a_graph_that_answers_otherwise_gets_no_name(teacher, data, fails, settings):
-    graphs = distill.write_graphs
-    settings.setattr(distill, "write_graphs", lambda *given: {
+    graphs = distill.export_graphs
+    settings.setattr(distill, "export_graphs", lambda *given: {
         name: lambda inputs, run=run: run(inputs) + 0.01 for name, run in graphs(*given).items()})
     message = fails("--export", "pt2", "--epochs", "1")
     assert "EXPORT = 'pt2': failed, but the student is saved" in message and "differ from the student's" in message

@@ -150,7 +150,7 @@ def test_the_readmes_examples_hold_no_word_that_the_sample_student_does_not_know
     texts = [text for command in commands for text in re.findall(r'"([^"]*。)"', command)]
     assert len(texts) >= 6
     for text in texts:
-        assert distill.unknown_parts(tokenizer, text) == [], text
+        assert distill.unknown_words(tokenizer, text) == [], text
 
 
 def test_predict_takes_texts_and_pairs_alone_and_needs_no_standard_input(teacher):

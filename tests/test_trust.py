@@ -74,7 +74,7 @@ def test_a_full_disk_while_the_result_is_saved_keeps_the_old_one(teacher, data, 
     def full(*given, **more):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "plot", full)
+        patch.setattr(distill, "plot_losses", full)
         assert "No space left on device. What was saved before is still there" in fails("--alpha", "1.0")
     assert {file.name: file.read_bytes() for file in Path("distilled_model").iterdir()} == before
     assert "goes on after epoch 3" in run("--alpha", "1.0")
@@ -99,7 +99,7 @@ def test_a_damaged_sample_teacher_is_made_anew(monkeypatch, run):
     name, recipe = distill.find_teacher()
     assert recipe
     save_model(Path(name))
-    distill.save_whole(f"{name}.sum", distill.file_digest(f"{name}/model.safetensors"))
+    distill.save_checked(f"{name}.sum", distill.file_digest(f"{name}/model.safetensors"))
     assert distill.find_teacher() == (name, None)
     content = bytearray(Path(name, "model.safetensors").read_bytes())
     content[-1] ^= 1
