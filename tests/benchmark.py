@@ -53,6 +53,22 @@ def twice(times):
     return times[0] / times[1]
 
 
+def training_step(trainer, inputs):
+    """The step of the script's epoch loop."""
+    loss = trainer.compute_loss(trainer.model, inputs)
+    trainer.accelerator.backward(loss)
+    distill.clip_gradients(trainer.model, trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    trainer.optimizer.zero_grad()
+    return loss.item()
+
+
+def classify(setup, tokens):
+    encoded = distill.encode([setup.texts], setup.tokenizer, distill.MAX_LENGTH)
+    return distill.classify_encoded(setup.student, setup.tokenizer, encoded, tokens)
+
+
 # ── One batch of 32 texts, hidden size 768, one layer ──
 
 
@@ -75,11 +91,11 @@ def train_step():
     """A step of the script's own loop: loss, gradients, clipping, AdamW. Stock: stock class, whole vocabulary."""
     stock, fast = one_layer()
     table = {"train": [], "val": []}
-    with distill.only_used_rows(fast, datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})):
-        trainers = [distill.make_trainer(model.train(), table, distill.collate, 1, 1e-5, 1) for model in (stock, fast)]
+    with distill.used_embedding_rows(fast, datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})):
+        trainers = [distill.make_trainer(model.train(), table, distill.collate, distill.CustomTrainer, 1, 1e-5, 1) for model in (stock, fast)]
         for trainer in trainers:
             trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
-        steps = lambda inputs: [lambda trainer=trainer: distill.training_step(trainer, inputs) for trainer in trainers]
+        steps = lambda inputs: [lambda trainer=trainer: training_step(trainer, inputs) for trainer in trainers]
         return {str(length): twice(medians(*steps(batch(length)))) for length in LENGTHS}
 
 
@@ -168,7 +184,7 @@ def end_to_end(setup):
                                      padding="max_length", return_tensors="pt")
             setup.stock_student(**inputs).logits.argmax(-1)
 
-    times = medians(stock, lambda: distill.classify(setup.student, setup.tokenizer, [setup.texts], 4096).argmax(-1))
+    times = medians(stock, lambda: classify(setup, 4096).argmax(-1))
     return {"end_to_end": times[0] / len(few) / (times[1] / len(setup.texts)), "texts_per_second_end_to_end": {
         "stock": len(few) / times[0], "fast": len(setup.texts) / times[1]}}
 
@@ -199,7 +215,7 @@ def whole_run(setup):
     generator = random.Random(0)
     for name, padding in ("whole_run", "max_length"), ("whole_run_padded_to_longest", "longest"):
         student = copy.deepcopy(setup.stock_student).train()
-        trainer = distill.make_trainer(student, {"train": [], "val": []}, distill.collate, 1, 1e-5, 1)
+        trainer = distill.make_trainer(student, {"train": [], "val": []}, distill.collate, distill.CustomTrainer, 1, 1e-5, 1)
         trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
 
         def inputs():
@@ -209,7 +225,7 @@ def whole_run(setup):
         def train_one(made):
             with torch.no_grad():
                 soft = setup.stock_teacher(**made).logits.softmax(-1)
-            distill.training_step(trainer, {**made, "labels": torch.zeros(len(soft), dtype=torch.long), "soft_labels": soft})
+            training_step(trainer, {**made, "labels": torch.zeros(len(soft), dtype=torch.long), "soft_labels": soft})
 
         @torch.no_grad()
         def evaluate_one(made):

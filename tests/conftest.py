@@ -127,6 +127,16 @@ def fails(capsys):
     return fails
 
 
+def training_step(trainer, batch):
+    """One step of the epoch loop on a batch of one's own; returns the loss."""
+    loss = trainer.compute_loss(trainer.model, batch)
+    trainer.accelerator.backward(loss)
+    distill.clip_gradients(trainer.model, trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return loss.item()
+
+
 def report(folder="distilled_model"):
     return json.loads(Path(folder, "report.json").read_text("utf-8"))
 

@@ -397,9 +397,10 @@ def answer_with(monkeypatch, answer):
         def change(batch):
             texts = ["".join(tokens) for tokens in map(tokenizer.convert_ids_to_tokens, batch["input_ids"])]
             found = [answer(known.get(text.removeprefix("[CLS]").removesuffix("[SEP]"), "negative")) for text in texts]
-            return {"soft_labels": [[0.9, 0.1] if label == "negative" else [0.1, 0.9] for label in found]}
+            soft_labels = [[0.9, 0.1] if label == "negative" else [0.1, 0.9] for label in found]
+            return {"soft_labels": soft_labels, "teacher_logits": np.log(soft_labels)}
         return {split: table.map(change, batched=True) for split, table in add_soft_labels(data, *more).items()}
-    tokenizer = distill.AutoTokenizer.from_pretrained("finetuned_bert_japanese")
+    tokenizer = distill.transformers.AutoTokenizer.from_pretrained("finetuned_bert_japanese")
     monkeypatch.setattr(distill, "add_soft_labels", add)
 
 
@@ -414,7 +415,7 @@ def test_a_teacher_worse_than_the_largest_class_is_told_before_the_student_is_tr
     assert "the teacher is right on 0.0% of train; to answer negative always would be right on 50.0%. Likely causes: " in notes(printed)
     assert all(cause in notes(printed) for cause in ("labels are in another order", "tokenizer or MeCab dictionary", "TEXT_COLUMN"))
     assert printed.index("the teacher is right on") < printed.index(" epoch   train loss")
-    assert "keeps" not in printed and "the teacher is right on no text, so that there is nothing to keep" in printed
+    assert "keeps" not in printed and "the teacher is right on no text, so there is nothing to keep" in printed
     assert report()["kept"] is None
 
 
@@ -432,8 +433,12 @@ def test_labels_that_seem_exchanged_are_told(data, run, monkeypatch):
 
     def add(data, teacher, collate_fn):
         wrong = np.array([1, 0, 2])
-        return {split: table.add_column("soft_labels", list(np.eye(3)[wrong[table["labels"][:]]] * 0.8 + 0.1)).add_column(
-            "teacher_seconds", np.ones(len(table))) for split, table in data.items()}
+        result = {}
+        for split, table in data.items():
+            soft_labels = np.eye(3)[wrong[table["labels"][:]]] * 0.8 + 0.1
+            table = table.add_column("soft_labels", list(soft_labels)).add_column("teacher_logits", list(np.log(soft_labels)))
+            result[split] = table.add_column("teacher_seconds", np.ones(len(table)))
+        return result
     monkeypatch.setattr(distill, "add_soft_labels", add)
     found = notes(run("--epochs", "2"))
     assert "answers negative mostly with positive, and positive mostly with negative: are these two labels exchanged?" in found

@@ -235,7 +235,7 @@ def test_used_rows_look_up_the_same_vectors_and_are_put_back():
     model = tiny_model()
     before, ids = copy.deepcopy(model.state_dict()), torch.tensor([[2, 190, 77, 3, 0]])
     expected = model.eval()(ids).logits
-    with distill.only_used_rows(model, dataset([[2, 190]]), dataset([[77, 3]])):
+    with distill.used_embedding_rows(model, dataset([[2, 190]]), dataset([[77, 3]])):
         assert model.get_input_embeddings().weight.shape == (5 + 1, 32)  # 0, the padding, among them
         assert torch.equal(model(ids).logits, expected)
     assert all(map(torch.equal, before.values(), model.state_dict().values())) and model.state_dict().keys() == before.keys()
@@ -243,7 +243,7 @@ def test_used_rows_look_up_the_same_vectors_and_are_put_back():
 
 def steps(model, n, used):
     """n steps of AdamW with decay; the batches use 4 to 40, of which 40 alone is in a second set."""
-    with distill.only_used_rows(model, dataset([list(range(4, 40))]), dataset([[40]])) if used else contextlib.nullcontext():
+    with distill.used_embedding_rows(model, dataset([list(range(4, 40))]), dataset([[40]])) if used else contextlib.nullcontext():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
         for step in range(n):
             torch.manual_seed(step)
@@ -274,7 +274,7 @@ def test_steps_on_the_used_rows_are_those_on_all(ours):
 def test_the_script_ends_with_the_weights_of_the_plain_run(teacher, data, run, monkeypatch):
     settings = ["--patience", "9", "--weight-decay", "0.5", "--learning-rate", "0.003"]
     run(*settings)
-    monkeypatch.setattr(distill, "only_used_rows", lambda *all: contextlib.nullcontext())
+    monkeypatch.setattr(distill, "used_embedding_rows", lambda *all: contextlib.nullcontext())
     run(*settings, "--output", "plain", "--cache", "other")
     load = transformers.BertForSequenceClassification.from_pretrained
     for (name, one), other in zip(load("plain").named_parameters(), load("distilled_model").parameters()):
@@ -297,12 +297,13 @@ def japanese():
 
 def same(tokenizer, texts, max_length, pairs=None):
     """Ids, token types and number of cut texts are those of the stock tokenizer; its own ids are returned."""
+    tokenizer.model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
     columns = distill.encode([texts] + ([pairs] if pairs else []), tokenizer, max_length)
     expected = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_token_type_ids=True)
     assert columns["input_ids"] == expected["input_ids"]
     assert not pairs or columns["token_type_ids"] == expected["token_type_ids"]
     lengths = [len(ids) for ids in tokenizer(texts, pairs, verbose=False)["input_ids"]]
-    assert columns["cut"] == [length > max_length for length in lengths]
+    assert columns["truncated"] == [length > max_length for length in lengths]
     assert columns["length"] == list(map(len, columns["input_ids"]))
     return columns["input_ids"]
 
@@ -368,7 +369,7 @@ def test_text_to_logits_is_that_of_the_stock_way(teacher):
         tokenizer.model_max_length = max_length
         expected = stock(**tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")).logits
         for tokens in 1, 100, 5000:
-            assert error(distill.classify(model, tokenizer, [texts], tokens), expected.detach()) < 1e-5
+            assert error(distill.classify_encoded(model, tokenizer, distill.encode([texts], tokenizer, tokenizer.model_max_length), tokens), expected.detach()) < 1e-5
 
 
 def test_gradients_are_clipped_as_torch_does():

@@ -93,7 +93,7 @@ def test_a_kill_during_export_leaves_nothing_in_the_way(teacher, data, run, monk
     for moment in "writing", "moving":
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
             if moment == "writing":
-                patch.setattr(distill, "export_graphs", killed)
+                patch.setattr(distill, "export_pt2", killed)
                 patch.setattr(distill.shutil, "rmtree", lambda *given, **more: None)  # a kill clears nothing away
             else:
                 patch.setattr(os, "replace", lambda source, target, replace=os.replace: exit("killed") if str(target).endswith(
@@ -158,7 +158,7 @@ def test_a_teacher_that_could_not_be_saved_is_refused_before_it_is_made(data, fa
 def test_a_tokenizer_that_cannot_be_saved_is_found_out_before_training(teacher, data, fails, monkeypatch, capsys):
     def broken(*given, **more):
         raise ValueError("its vocabulary file is gone")
-    monkeypatch.setattr(distill.BertJapaneseTokenizer, "save_pretrained", broken)
+    monkeypatch.setattr(distill.transformers.BertJapaneseTokenizer, "save_pretrained", broken)
     assert "the student's tokenizer cannot be saved: its vocabulary file is gone" in fails()
     assert "epoch" not in capsys.readouterr().out
 
@@ -241,7 +241,7 @@ def test_a_message_blames_the_disk_only_for_what_the_disk_did(teacher, data, fai
     monkeypatch.setattr(distill.BertForSequenceClassification, "save_pretrained", save_pretrained)
     message = fails("--epochs", "1")
     assert os.strerror(number) in message and ("Make room" in message) == room and "What was saved before is still there" in message
-    monkeypatch.setattr(distill, "save_checked", save_pretrained)
+    monkeypatch.setattr(distill, "save_with_checksum", save_pretrained)
     message = fails("--epochs", "1", "--cache", "other")
     assert os.strerror(number) in message and ("Make room" in message) == room
 

@@ -141,7 +141,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused(way, name, value):
     if way == "in the file":
         setattr(distill, name, value)
     else:
-        distill.read_command_line([f"--{name.lower().replace('_', '-')}={value}"])
+        distill.apply_settings(distill.read_command_line([f"--{name.lower().replace('_', '-')}={value}"])[0])
     found = outcome(distill.check_settings)
     assert found is None or f"{name} = " in str(found)
 
@@ -152,7 +152,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused(way, name, value):
 def load(folder):
     config = distill.load_config(folder)
     tokenizer = distill.load_tokenizer(folder, config)
-    return distill.classify(distill.load_model(folder), tokenizer, [["良い。", "悪い。"]])
+    return distill.classify_encoded(distill.load_model(folder), tokenizer, distill.encode([["良い。", "悪い。"]], tokenizer, 32))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

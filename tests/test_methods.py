@@ -1,5 +1,6 @@
 """The other methods, and other families of teachers: losses by hand, schedule, masks, resume, and end to end."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
 import distill
-from conftest import SAMPLE, VOCABULARY, history, report, rows, save_generator, write_csv
+from conftest import SAMPLE, VOCABULARY, history, report, rows, save_generator, training_step, write_csv
 
 FAMILIES = {family: methods for family, methods in distill.FAMILIES.items() if family != "bert"}
 METHODS = list(distill.METHOD_TERMS)
@@ -64,7 +65,7 @@ def write_pairs(n):
 def make(settings, tmp_path):
     """A function: method, family → a prepared trainer on 24 texts of the sample."""
     def make(method, family="bert", texts=24, layers=1, **options):
-        for name, value in dict(METHOD=method, BATCH_SIZE=8, MLM_STEPS=3, CACHE=str(tmp_path / "cache"), NUM_LAYERS=layers,
+        for name, value in dict(METHOD=method, BATCH_SIZE=8, WARM_START_STEPS=3, CACHE=str(tmp_path / "cache"), NUM_LAYERS=layers,
                                 WARMUP_STEPS=0, MAX_LENGTH=32, **options).items():
             settings.setattr(distill, name, value)
         Path(distill.CACHE).mkdir(exist_ok=True)
@@ -74,10 +75,9 @@ def make(settings, tmp_path):
         data = {split: distill.datasets.Dataset.from_list([{"text": text, "labels": names[label]} for text, label in
                                                            rows(split, texts)]) for split in distill.SPLITS}
         data = distill.add_soft_labels(distill.tokenize(data, tokenizer), teacher, distill.collate)
-        trainer = distill.make_trainer(distill.build_student(teacher), data, distill.collate, 2, 1e-3, 9,
-                                       distill.METHODS[method])
+        trainer = distill.make_trainer(distill.build_student(teacher), data, distill.collate, distill.METHODS[method], 2, 1e-3, 9)
         if method in distill.METHOD_TERMS:
-            trainer.prepare(teacher, tokenizer)
+            trainer.set_up_method(teacher, tokenizer)
         trainer.state.epoch = 1
         trainer.create_optimizer_and_scheduler(100)
         return trainer
@@ -104,12 +104,12 @@ def test_rail_by_hand():
 
 @pytest.mark.parametrize("method, divisor", [("cilda", 1), ("cilda+minild", math.log(2))])
 def test_the_contrast_by_hand(settings, method, divisor):
-    settings.setattr(distill, "METHOD", method)
+    loss = functools.partial(distill.METHODS[method].layer_loss, None)
     teacher, student = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 1.0]])
     half = math.sqrt(0.5)  # cosines: 1 and half for the first teacher's, 0 and half for the second's; each / 2
     expected = (math.log(1 + math.exp((half - 1) / 2)) + math.log(1 + math.exp((0 - half) / 2))) / 2
-    assert distill.contrastive_loss(teacher, student).item() == pytest.approx(expected / divisor, rel=1e-6)
-    assert distill.contrastive_loss(teacher[:1], student[:1]).item() == 0  # nothing to tell it from
+    assert loss(teacher, student).item() == pytest.approx(expected / divisor, rel=1e-6)
+    assert loss(teacher[:1], student[:1]).item() == 0  # nothing to tell it from
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +123,7 @@ def test_the_sum_of_a_method_by_hand(make, settings, method):
     found = trainer.compute_loss(student, batch).item()
     torch.manual_seed(5)
     texts = {"": batch["input_ids"]}
-    if trainer.generator:
+    if hasattr(trainer, "generator"):
         places, words = trainer.rewrite(batch)
         texts["′"] = batch["input_ids"].clone()
         texts["′"][places] = words
@@ -143,13 +143,14 @@ def test_the_sum_of_a_method_by_hand(make, settings, method):
                            .mean(0) for h in layers]) for row in range(len(ids))])
             pair = trainer.projections[0](mean([h_t[layer] for layer in chosen])), trainer.projections[1](mean(h_s))
             losses["RAIL"] = distill.rail_loss(*pair)
-        else:
+        elif method != "mate":
             pair = [project(torch.cat([h[:, 0] for h in layers], -1)) for project, layers in
                     zip(trainer.projections, (h_t, h_s))]
-            losses["CRD" + mark] = distill.contrastive_loss(*pair)
-    weights = dict(zip(distill.METHOD_TERMS[method], {
-        "rail": (1 / 3, 1 / 3, 1 / 3), "mate": (1 / 3, 1 / 3, 1 / 3), "cilda": (0.333, 0.333, 0.222, 0.111),
-        "cilda+minild": (2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12)}[method]))
+            losses["CRD" + mark] = trainer.layer_loss(*pair)
+    weights = {
+        "rail": {"CE": 1 / 3, "KL": 1 / 3, "RAIL": 1 / 3}, "mate": {"CE": 1 / 3, "KL": 1 / 3, "KL′": 1 / 3},
+        "cilda": {"CE": 0.333, "KL": 0.333, "CE′": 0.222, "KL′": 0.111},
+        "cilda+minild": {"CE": 2 / 9, "KL": 2 / 9, "CRD": 2 / 9, "CE′": 1 / 6, "KL′": 1 / 12, "CRD′": 1 / 12}}[method]
     assert found == pytest.approx(sum(weight * losses[term].item() for term, weight in weights.items()), rel=1e-5)
     student.eval()
     assert trainer.compute_loss(student, batch).item() == pytest.approx(
@@ -172,8 +173,14 @@ def test_ten_generator_steps_then_a_hundred_of_the_student(make, settings):
     trainer.args.per_device_train_batch_size = 1
     trainer._train_batch_size = 1
     settings.setattr(trainer, "generator_step", lambda batch: trace.append("G"))
-    step = distill.training_step
-    settings.setattr(distill, "training_step", lambda *given: (step(*given), trace.append("S"))[0])
+    compute_loss = trainer.compute_loss
+
+    def traced(model, batch, **more):
+        loss = compute_loss(model, batch, **more)
+        if model.training:
+            trace.append("S")
+        return loss
+    settings.setattr(trainer, "compute_loss", traced)
     for epoch in 1, 2:
         distill.train_epoch(trainer, epoch)
     assert "".join(trace) == "G" * 10 + "S" * 100 + "G" * 10 + "S" * 18
@@ -182,16 +189,21 @@ def test_ten_generator_steps_then_a_hundred_of_the_student(make, settings):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_text_counts_in_an_epoch(make, settings, method):
     trainer, seen = make(method, texts=21, GENERATOR_STEPS=1), []
-    step = distill.training_step
-    settings.setattr(distill, "training_step", lambda trainer, batch, *more: (seen.extend(batch["input_ids"]), step(trainer, batch, *more))[1])
+    compute_loss = trainer.compute_loss
+
+    def seeing(model, batch, **more):
+        if model.training:
+            seen.extend(batch["input_ids"])
+        return compute_loss(model, batch, **more)
+    settings.setattr(trainer, "compute_loss", seeing)
     distill.train_epoch(trainer, 1)
     assert len(seen) == 21  # 8 + 8 + 5
 
 
 @pytest.mark.parametrize("method", ["mate", "cilda", "cilda+minild"])
 def test_the_generator_raises_what_the_student_lowers(make, method):
-    only = {"MATE_WEIGHTS": (0, 0.1, 1), "CILDA_WEIGHTS": (0, 0.1, 0, 1), "MINILD_WEIGHTS": (0, 0.1, 0, 0, 1, 0)}  # D′
-    trainer = make(method, GENERATOR_LEARNING_RATE=3e-3, MASK_RATE=0.5, **only)
+    weights = {"mate": (0, 0.1, 1), "cilda": (0, 0.1, 0, 1), "cilda+minild": (0, 0.1, 0, 0, 1, 0)}[method]  # KL′ above all
+    trainer = make(method, GENERATOR_LEARNING_RATE=3e-3, MASK_RATE=0.5, LOSS_WEIGHTS=weights)
     trainer.model.train()
     batch = first_batch(trainer, 16)
 
@@ -209,7 +221,7 @@ def test_the_generator_raises_what_the_student_lowers(make, method):
     generator = {name: tensor.clone() for name, tensor in trainer.generator.state_dict().items()}
     trainer.state.global_step = 1
     for _ in range(5):
-        distill.training_step(trainer, batch)
+        training_step(trainer, batch)
         trainer.state.global_step = 1
     assert d() < raised * 0.98
     assert all(torch.equal(tensor, generator[name]) for name, tensor in trainer.generator.state_dict().items())
@@ -221,7 +233,7 @@ def test_who_trains_the_projections(make, method, by_generator, by_student):
     trainer = make(method)
     batch, weight, seen = first_batch(trainer), trainer.projections[0].weight, []
     trainer.model.train()
-    for step in [lambda: trainer.generator_step(batch)] * bool(by_generator) + [lambda: distill.training_step(trainer, batch)]:
+    for step in [lambda: trainer.generator_step(batch)] * bool(by_generator) + [lambda: training_step(trainer, batch)]:
         before = weight.detach().clone()
         trainer.state.global_step = 1
         step()
@@ -244,9 +256,9 @@ def test_padding_changes_nothing(make, method, family):
         torch.manual_seed(3)
         trainer.state.global_step = 1
         losses.append([trainer.compute_loss(trainer.model, one).item()])
-        if trainer.generator:
+        if hasattr(trainer, "generator"):
             torch.manual_seed(4)
-            found, _ = trainer.losses(one, method != "mate", trainer.rewrite(one, flow=True))
+            found, _ = trainer.losses(one, method != "mate", trainer.rewrite(one, differentiable=True))
             losses[-1] += [loss.item() for loss in found.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -256,13 +268,13 @@ def test_padding_and_special_tokens_are_never_rewritten_or_pooled(make):
     batch = wider(first_batch(trainer))
     ids, (places, words) = batch["input_ids"], trainer.rewrite(batch)
     assert torch.equal(places, (ids > 4) | (ids == 1)) and not set(words.tolist()) & {0, 2, 3, 4}  # 1: [UNK], a word
-    flow = trainer.rewrite(batch, flow=True)[1]
+    flow = trainer.rewrite(batch, differentiable=True)[1]
     assert torch.allclose(flow.sum(-1), torch.ones(len(flow))) and not flow[:, [0, 2, 3, 4]].any()
     rail = make("rail")
     states = torch.randn(*ids.shape, 4)
-    assert torch.allclose(rail.pool(batch)(states)[0], states[0][places[0]].mean(0), atol=1e-6)
+    assert torch.allclose(rail.make_pooling(batch)(states)[0], states[0][places[0]].mean(0), atol=1e-6)
     nothing = {"input_ids": torch.tensor([[2, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    assert torch.equal(rail.pool(nothing)(states[:1, :3]), states[:1, 0])
+    assert torch.equal(rail.make_pooling(nothing)(states[:1, :3]), states[:1, 0])
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -277,7 +289,7 @@ def test_a_rewritten_batch_is_answered_like_its_ids(make, family, flow):
         ids[places] = words.argmax(-1) if flow else words
         for model in trainer.teacher, trainer.model.eval():
             stock = model(ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
-            logits, layers = distill.forward_with_layers(model, batch, (places, words), trainer.pool(batch))
+            logits, layers = distill.forward_with_layers(model, batch, (places, words), trainer.make_pooling(batch))
             assert torch.allclose(logits, stock.logits, atol=1e-5)
             states = (stock.get("encoder_hidden_states") or stock.hidden_states)[1:]
             assert torch.allclose(layers, torch.stack([one[:, 0] for one in states], 1), atol=1e-5)
@@ -288,7 +300,7 @@ def test_the_draw_is_the_generators_distribution(make, settings):
     batch = {"input_ids": torch.full((1, 4001), 9), "attention_mask": torch.ones(1, 4001, dtype=torch.long)}
     scores = torch.full((VOCABULARY,), -50.0)
     scores[[3, 7, 8, 9]] = torch.tensor([9.0, math.log(5), math.log(3), math.log(2)])  # 3 is a special token
-    settings.setattr(distill, "word_scores", lambda generator, inputs, places, mask: scores.repeat(int(places.sum()), 1))
+    settings.setattr(distill, "token_logits", lambda generator, inputs, places, mask: scores.repeat(int(places.sum()), 1))
     for flow in False, True:
         torch.manual_seed(0)
         words = trainer.rewrite(batch, flow)[1]
@@ -301,8 +313,8 @@ def test_the_draw_never_falls_past_the_last_word(make, settings):
     trainer = make("mate", MASK_RATE=1.0)
     batch = {"input_ids": torch.full((1, 2000), 9), "attention_mask": torch.ones(1, 2000, dtype=torch.long)}
     scores = torch.randn(2000, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    settings.setattr(distill, "word_scores", lambda *given: scores.clone())
-    settings.setattr(trainer, "mask", trainer.ordinary)
+    settings.setattr(distill, "token_logits", lambda *given: scores.clone())
+    settings.setattr(trainer, "mask", trainer.is_ordinary)
     settings.setattr(torch, "rand", lambda *size: torch.ones(size))
     words = trainer.rewrite(batch)[1]
     assert words.max() < VOCABULARY and not set(words.tolist()) & {0, 2, 3, 4}
@@ -315,7 +327,7 @@ def test_the_teachers_layers_come_from_the_cache(make, settings, capsys):
     trainer = make("rail")
     batch = first_batch(trainer)
     stock = trainer.teacher(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    expected = torch.stack([trainer.pool(batch)(one) for one in stock.hidden_states[1:]], 1)
+    expected = torch.stack([trainer.make_pooling(batch)(one) for one in stock.hidden_states[1:]], 1)
     assert torch.allclose(batch["teacher_layers"], expected, atol=1e-5)
     assert "its layers" in capsys.readouterr().out
     (path,) = Path(distill.CACHE).glob("layers-*.arrow")
@@ -329,7 +341,7 @@ def test_the_teachers_layers_come_from_the_cache(make, settings, capsys):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_ends_like_an_undisturbed_one(teacher, data, run, settings, method):
-    settings.setattr(distill, "MLM_STEPS", 3)
+    settings.setattr(distill, "WARM_START_STEPS", 3)
     options = "--method", method, "--epochs", "2", "--generator-steps", "2", "--student-steps", "4"
     run(*options)
     whole, lines = MODEL.read_bytes(), history()
@@ -370,14 +382,14 @@ def test_the_generator_made_here_learns_the_texts_and_is_kept(make, settings, ca
 
     def loss():
         with torch.no_grad():
-            return F.cross_entropy(distill.word_scores(trainer.generator, batch, places, 4), batch["input_ids"][places])
+            return F.cross_entropy(distill.token_logits(trainer.generator, batch, places, 4), batch["input_ids"][places])
     short = loss()
     capsys.readouterr()
     make("mate", texts=24)
     assert "no GENERATOR is set" not in capsys.readouterr().out  # it is in the cache
     for path in Path(distill.CACHE).glob("generator-*"):
         path.unlink()
-    settings.setattr(distill, "MLM_STEPS", 60)
+    settings.setattr(distill, "WARM_START_STEPS", 60)
     trainer.generator = distill.make_generator(trainer)
     assert "no GENERATOR is set" in capsys.readouterr().out and loss() < short - 1
 
@@ -388,7 +400,7 @@ def test_the_generator_made_here_learns_the_texts_and_is_kept(make, settings, ca
 @pytest.mark.parametrize("family, method", [(family, method) for family in FAMILIES for method in FAMILIES[family]])
 def test_families_from_end_to_end(data, run, settings, family, method):
     save_family("finetuned_bert_japanese", family)
-    settings.setattr(distill, "MLM_STEPS", 2)
+    settings.setattr(distill, "WARM_START_STEPS", 2)
     run("--method", method, "--epochs", "1", "--generator-steps", "1", "--init-layers", "last", "--num-layers", "2")
     student = transformers.AutoModelForSequenceClassification.from_pretrained("distilled_model")
     assert student.config.model_type == family and student.config.id2label == {0: "negative", 1: "positive"}
@@ -417,14 +429,14 @@ def test_the_students_weights_are_the_teachers(settings, family):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_from_end_to_end(teacher, data, run, settings, method):
-    settings.setattr(distill, "MLM_STEPS", 2)
+    settings.setattr(distill, "WARM_START_STEPS", 2)
     run("--method", method, "--epochs", "2", "--generator-steps", "1", "--num-layers", "2")
     assert MODEL.exists() and report()["settings"]["METHOD"] == method
     assert all(math.isfinite(float(number)) for line in history()[1:] for number in line.split(","))
 
 
 def test_methods_with_unlabelled_text_and_pairs(teacher, run, settings):
-    settings.setattr(distill, "MLM_STEPS", 2)
+    settings.setattr(distill, "WARM_START_STEPS", 2)
     write_pairs(20)
     for method in METHODS:
         run("--method", method, "--text-pair-column", "other", "--augment", "1", "--epochs", "1", "--generator-steps", "1")
@@ -476,7 +488,7 @@ def test_too_small_a_share(teacher, data, fails):
 @pytest.mark.parametrize("options, told", [
     (["--method", "rail", "--student", "bilstm"], "METHOD = 'rail': needs STUDENT = \"bert\""),
     (["--method", "none", "--augment", "1"], "METHOD = 'none': does without the teacher"),
-    (["--method", "mate", "--logit-loss", "mse"], "LOGIT_LOSS = 'mse': needs METHOD = \"kd\""),
+    (["--method", "kd", "--loss-weights", "(1, 1)"], "LOSS_WEIGHTS = (1, 1): must be None or, for a METHOD in METHOD_TERMS"),
     (["--generator", "somewhere"], "does nothing without AUGMENT or the METHOD"),
 ])
 def test_settings_that_do_not_go_together(teacher, data, fails, options, told):

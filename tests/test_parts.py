@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import types
 from pathlib import Path
 
 import datasets
@@ -27,7 +29,9 @@ def test_loss_by_hand(settings):
         settings.setattr(distill, "ALPHA", alpha)
         value = distill.distillation_loss(logits, hard, soft).item()
         assert value == pytest.approx(alpha * 4 * kl + (1 - alpha) * cross_entropy, rel=1e-6)
-    assert distill.distillation_loss(logits, hard).item() == pytest.approx(cross_entropy)
+    outputs = types.SimpleNamespace(logits=logits)
+    hard_only = distill.HardLabelTrainer.compute_loss(None, lambda **inputs: outputs, {"labels": hard})
+    assert hard_only.item() == pytest.approx(cross_entropy)
 
 
 def test_loss_is_a_mean_over_the_batch_and_not_over_the_classes(settings):
@@ -57,7 +61,7 @@ def test_compute_loss_hands_only_its_inputs_to_the_model(teacher, data, run):
     run("--epochs", "1")
     model = BertForSequenceClassification.from_pretrained("distilled_model").eval()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1, "soft_labels": [0.2, 0.8]}]
-    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4, 3)
+    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, distill.CustomTrainer, 1, 1e-4, 3)
     batch = distill.collate(table)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=1)
     assert loss == distill.distillation_loss(outputs.logits, batch["labels"], batch["soft_labels"])
@@ -78,7 +82,7 @@ def test_score_by_hand():
 def test_the_reported_kl_is_that_of_the_plain_distributions(teacher, data, run):
     """Whatever the soft labels are made with: ALPHA 0 leaves the student as it is, so that only the report could differ."""
     kl = set()
-    for options in (), ("--temperature", "7"), ("--logit-loss", "mse"):
+    for options in (), ("--temperature", "7"), ("--method", "mse"):
         run("--epochs", "1", "--alpha", "0", *options)
         kl.add(round(report()["student"]["splits"]["test"]["kl"], 5))
     assert len(kl) == 1 and kl.pop() > 0
@@ -163,7 +167,7 @@ def test_word_vectors_refitted_against_stock_hidden_states(settings, pairs):
         "key": texts, **({"token_type_ids": [one["token_type_ids"] for one in given]} if pairs else {})})
     Path(distill.CACHE).mkdir()
     before = student.get_input_embeddings().weight.detach().clone()
-    distill.refit_words(student, stock, tokenizer, table, distill.collate)
+    distill.refit_word_vectors(student, stock, tokenizer, table, distill.collate)
     after = student.get_input_embeddings().weight.detach()
 
     special = {*tokenizer.all_special_ids}
@@ -274,6 +278,7 @@ def test_columns_by_other_names_and_sentence_pairs(settings, teacher):
     for split in "train", "val", "test":
         write_csv(Path("data", f"{split}.csv"), [("部屋は広い", "風呂は狭い", "negative", "x")], ("文1", "文2", "評価", "memo"))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
+    distill.fit_to_model(tokenizer, tiny_model().config)
     table = load(settings, TEXT_COLUMN="文1", TEXT_PAIR_COLUMN="文2", LABEL_COLUMN="評価")
     for max_length in 64, 6:
         settings.setattr(distill, "MAX_LENGTH", max_length)
@@ -386,25 +391,25 @@ def test_help_names_every_setting_with_its_comment(capsys):
     assert exit.value.code == 0
     for name in distill.ACCEPTED:
         assert f"--{name.lower().replace('_', '-')} " in text, name
-    assert "more than a 12-layer BERT bears; lower it if the loss jumps [0.0001]" in text
+    assert "higher than for a 12-layer BERT; lower it if the loss jumps [0.0001]" in text
 
 
 def test_every_setting_in_the_block_is_checked_and_explained():
-    block = Path(distill.__file__).read_text("utf-8").split("# ── Settings ")[1].split("\n# ──")[0].splitlines()[1:]
-    names = [line.split(" = ")[0] for line in block if line.strip() and not line.startswith("#")]
-    assert sorted(names) == sorted(distill.ACCEPTED) and all("  # " in line for line in block if " = " in line[:30])
+    names = [name for _, name, comment in distill.documented_settings() if comment]
+    assert sorted(names) == sorted(distill.ACCEPTED)
+    block = Path(distill.__file__).read_text("utf-8").split("# ── Settings ")[1].split("\n\n")[0]
+    assert re.findall("^([A-Z_]+) = ", block, re.M) == names[:block.count(" = ")]
 
 
 def test_values_on_the_command_line(settings):
-    distill.read_command_line(["--alpha", "1", "--init-layers", "(0, 2)", "--num-layers", "2", "--teacher", "2024",
+    found, texts = distill.read_command_line(["--alpha", "1", "--init-layers", "(0, 2)", "--num-layers", "2", "--teacher", "2024",
                                "--tokenizer", "None", "--learning-rate", "3e-4", "--data", "日本語/データ.csv",
-                               "--rail-weights", "(1/3, 1/3, 1/3)", "--cache", "1/2", "--alpha", "1/0"])
-    found = {name: getattr(distill, name) for name in
-             ("ALPHA", "INIT_LAYERS", "NUM_LAYERS", "TEACHER", "TOKENIZER", "LEARNING_RATE", "DATA", "RAIL_WEIGHTS", "CACHE")}
-    assert found == {"ALPHA": "1/0", "RAIL_WEIGHTS": (1 / 3, 1 / 3, 1 / 3), "CACHE": "1/2",
+                               "--loss-weights", "(1/3, 1/3, 1/3)", "--cache", "1/2", "--alpha", "1/0"])
+    assert texts is None and found == {"ALPHA": "1/0", "LOSS_WEIGHTS": (1 / 3, 1 / 3, 1 / 3), "CACHE": "1/2",
                      "INIT_LAYERS": (0, 2), "NUM_LAYERS": 2, "TEACHER": "2024", "TOKENIZER": None, "LEARNING_RATE": 3e-4,
                      "DATA": "日本語/データ.csv"}
-    distill.ALPHA = 1
+    assert distill.ALPHA == DEFAULTS["ALPHA"]  # not changed yet
+    distill.apply_settings(found | {"ALPHA": 1, "METHOD": "mate"})
     assert not distill.check_settings()
 
 
@@ -421,7 +426,7 @@ def test_the_rate_follows_the_schedule(teacher, data, run):
 def test_weight_decay_leaves_biases_and_norms_alone(settings):
     model = tiny_model()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1}]
-    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, 1, 1e-4, 3)
+    trainer = distill.make_trainer(model, {"train": table, "val": table}, distill.collate, distill.CustomTrainer, 1, 1e-4, 3)
     decayed, spared = trainer.create_optimizer().param_groups
     assert decayed["weight_decay"] == distill.WEIGHT_DECAY and spared["weight_decay"] == 0
     names = {id(tensor): name for name, tensor in model.named_parameters()}
@@ -447,11 +452,11 @@ def test_importing_runs_nothing_and_leaves_settings_to_call_time(settings):
 
 
 def test_a_saved_file_is_whole_or_not_there(settings, monkeypatch):
-    distill.save_checked("a.pt", {"x": torch.arange(3)})
+    distill.save_with_checksum("a.pt", {"x": torch.arange(3)})
     monkeypatch.setattr(distill.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError):
-        distill.save_checked("a.pt", {"x": torch.arange(4)})
-    assert distill.load_checked("a.pt")["x"].tolist() == [0, 1, 2]
+        distill.save_with_checksum("a.pt", {"x": torch.arange(4)})
+    assert distill.load_with_checksum("a.pt")["x"].tolist() == [0, 1, 2]
 
 
 def test_no_code_in_a_saved_file_runs(capsys):
@@ -465,7 +470,7 @@ def test_no_code_in_a_saved_file_runs(capsys):
     buffer = io.BytesIO()
     torch.save(Evil(), buffer)
     Path("a.pt").write_bytes(hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
-    assert distill.load_checked(Path("a.pt")) is None and not Path("hacked").exists()
+    assert distill.load_with_checksum(Path("a.pt")) is None and not Path("hacked").exists()
     assert "a.pt is damaged" in capsys.readouterr().out
 
 

@@ -276,14 +276,14 @@ def test_a_stopped_teacher_pass_goes_on(teacher, data, run, monkeypatch):
 
 @pytest.mark.parametrize("harm", [lambda content: content[:-100], lambda content: b"",
                                   lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:]])
-@pytest.mark.parametrize("file", ["logits-*.pt", "checkpoint.pt"])
+@pytest.mark.parametrize("file", ["teacher-*.pt", "checkpoint.pt"])
 def test_damaged_files_in_the_cache_are_named_and_made_anew(teacher, data, run, file, harm):
     run()
     before, (path,) = (MODEL.read_bytes(), history()), Path(".distill_cache").glob(file)
     path.write_bytes(harm(path.read_bytes()))
     printed = run()
     assert f"{path} is damaged" in printed
-    assert ("goes on" in printed) == (file != "checkpoint.pt") and labelled(printed) == ((80, 0) if "logits" in file else (0, 80))
+    assert ("goes on" in printed) == (file != "checkpoint.pt") and labelled(printed) == ((80, 0) if "teacher" in file else (0, 80))
     assert (MODEL.read_bytes(), history()) == before
 
 
@@ -358,7 +358,7 @@ def test_the_sample_run_makes_a_sample_teacher_for_whom_words_alone_do_not_tell_
 
     vocabulary = (SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines()
     words = {word: column for column, word in enumerate(vocabulary)}
-    tokenizer = distill.AutoTokenizer.from_pretrained(SAMPLE / "base")
+    tokenizer = distill.transformers.AutoTokenizer.from_pretrained(SAMPLE / "base")
 
     def bag(split):
         table = rows(split, None)

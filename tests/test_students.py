@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import math
+import types
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,13 @@ def batch(lengths, vocabulary=50):
 
 
 def test_mse_by_hand(settings):
-    settings.setattr(distill, "LOGIT_LOSS", "mse")
     settings.setattr(distill, "ALPHA", 0.25)
     logits, z = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[2.0, 1.0], [0.0, 4.0]])
     cross_entropy = (math.log(1 + math.exp(-2)) + math.log(2)) / 2  # of the labels 1 and 0
     mse = ((1 + 4) / 2 + (0 + 16) / 2) / 2
-    loss = distill.distillation_loss(logits, torch.tensor([1, 0]), z)
+    outputs = types.SimpleNamespace(logits=logits)
+    batch = {"labels": torch.tensor([1, 0]), "teacher_logits": z}
+    loss = distill.LogitTrainer.compute_loss(None, lambda **inputs: outputs, batch)
     assert loss.item() == pytest.approx(0.25 * mse + 0.75 * cross_entropy, rel=1e-6)
 
 
@@ -161,7 +163,7 @@ def test_word_vectors_refitted_with_a_tokenizer_in_rust(rust):
     before = student.get_input_embeddings().weight.detach().clone()
     Path(distill.CACHE).mkdir()
     table = datasets.Dataset.from_dict({"input_ids": [ids], "length": [len(ids)], "key": [text]})
-    distill.refit_words(student, teacher, rust, table, distill.collate)
+    distill.refit_word_vectors(student, teacher, rust, table, distill.collate)
     changed = (student.get_input_embeddings().weight != before).any(-1).nonzero().flatten().tolist()
     assert changed == sorted({*range(len(rust))} - {rust.pad_token_id, rust.unk_token_id, rust.mask_token_id})
 
@@ -240,7 +242,7 @@ def test_pairs_are_augmented_too(teacher, run):
 # ── Students, whole runs ──
 
 
-@pytest.mark.parametrize("more", [["--bilstm-words", "teacher"], ["--student-init", "random"], ["--logit-loss", "mse"]])
+@pytest.mark.parametrize("more", [["--bilstm-words", "teacher"], ["--student-init", "random"], ["--method", "mse"]])
 def test_a_bilstm_from_end_to_end(teacher, data, run, more):
     out = run("--student", "bilstm", "--bilstm-embedding", "12", "--bilstm-hidden", "8", *more)
     assert ("its vocabulary" in out) == ("teacher" not in more)
@@ -257,7 +259,7 @@ def test_a_bilstm_from_end_to_end(teacher, data, run, more):
 
 
 def test_a_bert_by_the_logits_themselves(teacher, data, run):
-    assert "saved" in run("--logit-loss", "mse") and report()["settings"]["LOGIT_LOSS"] == "mse"
+    assert "saved" in run("--method", "mse") and report()["settings"]["METHOD"] == "mse"
 
 
 def test_a_small_pretrained_start_with_its_own_tokenizer(teacher, data, run, fails):
@@ -291,8 +293,8 @@ def test_the_starts_weights_are_used(teacher, settings):
 
 
 def test_faults_of_the_new_settings(teacher, data, fails, settings):
-    message = fails("--student", "bilstm", "--student-init", "small", "--quantize", "int8", "--generator", "x")
-    assert 'of a "bilstm" it must be' in message and 'needs EXPORT = "onnx"' in message and "without AUGMENT" in message
+    message = fails("--student", "bilstm", "--student-init", "small", "--generator", "x")
+    assert 'of a "bilstm" it must be' in message and "without AUGMENT" in message
     settings.setattr(distill.importlib.util, "find_spec", lambda name: None)
     assert "pip install onnx onnxscript onnxruntime" in fails("--export", "onnx")
     assert "UNLABELED = 'nowhere'" in fails("--unlabeled", "nowhere")
@@ -324,7 +326,7 @@ def test_exports_in_a_fresh_process(teacher, data, run, student):
     figures = report()["export"]
     assert list(figures) == ["eager", "student.pt2"]
     if onnx:
-        printed += run("--export", "onnx", "--quantize", "int8", "--epochs", "1", "--output", "other", "--student", *student)
+        printed += run("--export", "onnx-int8", "--epochs", "1", "--output", "other", "--student", *student)
         figures |= report("other")["export"]
         assert list(figures) == ["eager", "student.pt2", "student.onnx", "student_int8.onnx"]
         assert figures["student_int8.onnx"]["bytes"] < 0.75 * figures["student.onnx"]["bytes"]
@@ -344,8 +346,8 @@ def test_exports_in_a_fresh_process(teacher, data, run, student):
 
 
 def test_a_graph_that_answers_otherwise_gets_no_name(teacher, data, fails, settings):
-    graphs = distill.export_graphs
-    settings.setattr(distill, "export_graphs", lambda *given: {
+    graphs = distill.export_pt2
+    settings.setattr(distill, "export_pt2", lambda *given: {
         name: lambda inputs, run=run: run(inputs) + 0.01 for name, run in graphs(*given).items()})
     message = fails("--export", "pt2", "--epochs", "1")
     assert "EXPORT = 'pt2': failed, but the student is saved" in message and "differ from the student's" in message

@@ -144,7 +144,7 @@ def test_predict_names_words_that_the_student_does_not_know(teacher, monkeypatch
 
 
 def test_the_readmes_examples_hold_no_word_that_the_sample_student_does_not_know():
-    tokenizer = distill.AutoTokenizer.from_pretrained(SAMPLE / "base")
+    tokenizer = distill.transformers.AutoTokenizer.from_pretrained(SAMPLE / "base")
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(r"^python distill.py --predict (.*)$", readme, re.M) + re.findall(r"^(?:predict\(|print\(pipeline)(.*)$", readme, re.M)
     texts = [text for command in commands for text in re.findall(r'"([^"]*。)"', command)]

@@ -99,7 +99,7 @@ def test_a_damaged_sample_teacher_is_made_anew(monkeypatch, run):
     name, recipe = distill.find_teacher()
     assert recipe
     save_model(Path(name))
-    distill.save_checked(f"{name}.sum", distill.file_digest(f"{name}/model.safetensors"))
+    distill.save_with_checksum(f"{name}.sum", distill.file_digest(f"{name}/model.safetensors"))
     assert distill.find_teacher() == (name, None)
     content = bytearray(Path(name, "model.safetensors").read_bytes())
     content[-1] ^= 1
