@@ -1,8 +1,12 @@
-"""Small teachers and data made on the spot, and the script run in this process with its settings put back after."""
+"""Small teachers and data made on the spot; the script run in this process, its settings put back.
+
+python -m pytest tests --hypothesis-profile=long  tries 500 inputs of each property test, not 25.
+"""
 
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -11,22 +15,47 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models as small as these only wait for a 
 import hypothesis
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertForSequenceClassification
+from hypothesis import strategies as st
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "sample"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import distill  # noqa: E402
 
-CHECKS = [hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large,
-          hypothesis.HealthCheck.filter_too_much]
+CHECKS = [
+    hypothesis.HealthCheck.function_scoped_fixture,
+    hypothesis.HealthCheck.too_slow,
+    hypothesis.HealthCheck.data_too_large,
+    hypothesis.HealthCheck.filter_too_much,
+]
 for profile, examples in ("short", 25), ("long", 500):  # python -m pytest --hypothesis-profile=long
-    hypothesis.settings.register_profile(profile, max_examples=examples, derandomize=profile == "short", deadline=None,
-                                         database=None, suppress_health_check=CHECKS)
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=examples,
+        derandomize=profile == "short",
+        deadline=None,
+        database=None,
+        suppress_health_check=CHECKS,
+    )
 hypothesis.settings.load_profile("short")
 
+
 VOCABULARY = len((SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines())
+LABELS = ("negative", "positive")
+MODEL = Path("distilled_model/model.safetensors")
+DEFAULTS = {name: getattr(distill, name) for name in distill.ACCEPTED}
+TINY = "--data data --max-length 32 --epochs 3 --batch-size 8 --warmup-steps 2".split()
+
+
+# ── Data and models ──
 
 
 def rows(split, n):
@@ -43,11 +72,23 @@ def write_csv(path, table, header=("text", "label"), **options):
 
 
 def tiny_model(labels=("negative", "positive"), seed=0, **changes):
-    """A random BertForSequenceClassification over the sample's vocabulary; large random weights and biases."""
+    """A random BertForSequenceClassification over the sample's vocabulary.
+
+    Its random weights and biases are large.
+    """
     torch.manual_seed(seed)
-    config = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
-                  max_position_embeddings=64, num_labels=len(labels), id2label=dict(enumerate(labels)),
-                  label2id={label: number for number, label in enumerate(labels)}, initializer_range=0.2)
+    config = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        initializer_range=0.2,
+    )
     model = BertForSequenceClassification(BertConfig(**config | changes))
     for name, tensor in model.named_parameters():
         if "bias" in name:
@@ -65,9 +106,52 @@ def save_model(folder, tokenizer=True, **changes):
 def save_generator(folder):
     """A random masked-language model over the sample's vocabulary."""
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=32, max_position_embeddings=64)).save_pretrained(folder)
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
+
+
+def load_splits(settings, **changes):
+    for name, value in {"DATA": "data", **changes}.items():
+        settings.setattr(distill, name, value)
+    Path(distill.CACHE).mkdir(exist_ok=True)
+    return distill.load_data({"negative": 0, "positive": 1})[0]
+
+
+@pytest.fixture
+def rust():
+    """An English tokenizer in Rust, as SST-2's teachers have."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"the film is not a good one , n ' t .".split(),
+        "##s",
+        "film2",
+    ]
+    Path("vocab.txt").write_text("\n".join(dict.fromkeys(words)), "utf-8")
+    return BertTokenizerFast("vocab.txt")
+
+
+def edit_json(path, **changes):
+    """Change a JSON file; None takes a key away."""
+    content = json.loads(Path(path).read_text("utf-8")) | changes
+    Path(path).write_text(
+        json.dumps({name: value for name, value in content.items() if value is not None}), "utf-8"
+    )
+
+
+# ── Fixtures: a folder of its own for each test, a teacher, data ──
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +177,7 @@ def data():
     return folder
 
 
-DEFAULTS = {name: getattr(distill, name) for name in distill.ACCEPTED}
+# ── Runs ──
 
 
 def command(*more):
@@ -103,28 +187,47 @@ def command(*more):
     distill.main([*TINY, *more])
 
 
-TINY = ["--data", "data", "--max-length", "32", "--epochs", "3", "--batch-size", "8", "--warmup-steps", "2"]
-
-
 @pytest.fixture
 def run(capsys):
     """Run the command with TINY settings and `more`; returns what it printed."""
+
     def run(*more):
         command(*more)
         return capsys.readouterr().out
+
     return run
 
 
 @pytest.fixture
 def fails(capsys):
     """Run the command, which must end with exit status 1 and one message; returns the message."""
+
     def fails(*more):
         with pytest.raises(SystemExit) as exit:
             command(*more)
         assert isinstance(exit.value.code, str) and exit.value.code.startswith("distill.py: ")
         assert "Traceback" not in capsys.readouterr().err
         return exit.value.code
+
     return fails
+
+
+def script(*more):
+    return [sys.executable, str(ROOT / "distill.py"), *TINY, *more]
+
+
+def interrupt_in(monkeypatch, epoch, error):
+    """From now on the given epoch of training breaks off with `error`, once."""
+    train_epoch = distill.train_epoch
+
+    def broken(trainer, number):
+        if number == epoch:
+            monkeypatch.setattr(distill, "train_epoch", train_epoch)
+            train_epoch(trainer, number)  # the weights have moved on
+            raise error
+        return train_epoch(trainer, number)
+
+    monkeypatch.setattr(distill, "train_epoch", broken)
 
 
 def training_step(trainer, batch):
@@ -137,6 +240,9 @@ def training_step(trainer, batch):
     return loss.item()
 
 
+# ── What a run wrote and said ──
+
+
 def report(folder="distilled_model"):
     return json.loads(Path(folder, "report.json").read_text("utf-8"))
 
@@ -145,3 +251,110 @@ def history(folder="distilled_model"):
     """history.csv without the column of the seconds."""
     lines = Path(folder, "history.csv").read_text("utf-8").splitlines()
     return [line.rsplit(",", 1)[0] for line in lines]
+
+
+def notes(printed):
+    return "\n".join(line for line in printed.splitlines() if line.startswith("note "))
+
+
+def labelled(printed):
+    return tuple(
+        map(int, re.search(r"labelled (\d+) texts; (\d+) were in the cache", printed).groups())
+    )
+
+
+def relative_error(ours, stock, floor=1e-30):
+    """The largest difference, relative to the largest value."""
+    return ((ours - stock).abs().max() / stock.abs().max().clamp_min(floor)).item()
+
+
+# ── Strange inputs ──
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "　",
+    "\n\t",
+    "ＡＢＣ１２３ｶﾞｷﾞ",
+    "①㌔㍿",
+    "😀👨‍👩‍👧🇯🇵",
+    "食べ 物 が  美味しい",
+    "あ" * 300,
+    "x" * 101,
+    "x" * 100,
+    "漢" * 99 + "字",
+    "[CLS]",
+    "これは[MASK]です",
+    "[PAD][SEP] [UNK]",
+    "[mask]",
+    "##です",
+    "مرحبا بالعالم",
+    "가나다",
+    "e\u0301 が",
+    "\u200b\ufeff",
+    "𠮷野家で𩸽",
+    "a_b-c/d@e.f",
+    "3.14%",
+    "。。。！？",
+    "Hello, World!",
+    "ﷺ",
+    "\u3000前後\u3000",
+    "「『【】』」",
+    "\x01制御\x7f",
+    "ぱ゜か゛",
+]
+
+
+STRANGE = [
+    "",
+    " ",
+    "　\t",
+    "\0",
+    "雨\0雪",
+    "\ud800",
+    "雨\udfff雪",
+    "שלום",
+    "مرحبا",
+    "👨‍👩‍👧‍👦",
+    "か\u3099",
+    "\u202e逆",
+    "\ufeff",
+    "\u2028",
+    "𠮷鱻麤",
+    "[CLS]",
+    "[MASK][SEP]",
+    "##",
+    "\x01\x7f\x9f",
+    "\ufdfa" * 3000,
+    "NA",
+    "null",
+    "1e400",
+    "=1+1",
+    "../../etc/passwd",
+]
+ANY_TEXT = st.one_of(
+    st.text(max_size=80),
+    st.sampled_from(STRANGE),
+    st.text(st.characters(categories=["Lo", "Lm", "Cs", "Cc", "Cf", "So", "Zs"]), max_size=80),
+    st.lists(st.sampled_from([*STRANGE, "良い", "悪い。"]), max_size=6).map("".join),
+)
+ANY_JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(ANY_TEXT, inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+def outcome(function, *given):
+    """What a function returns, or the Problem that it raises, which says something.
+
+    Nothing else may be raised.
+    """
+    try:
+        return function(*given)
+    except distill.Problem as problem:
+        assert len(str(problem)) > 20 and "Traceback" not in str(problem)
+        return problem

@@ -2,11 +2,11 @@
 
     python tests/sample/make_sample.py
 
-Invented Japanese reviews in two columns, text and label (positive or negative). The label of a review
-is that of its conclusion, which depends on negation (美味しくない), on contrast (AだがB: B counts;
-A。もっとも、Bのだが: A counts), on scope (Aとは言えない turns A round) and on all of them together, so that
-counting words is not enough. Every sentence comes from the templates below, and the seed is fixed: the
-script writes the same bytes each time.
+Invented Japanese reviews in two columns, text and label (positive or negative). The label of a
+review is that of its conclusion, which depends on negation (美味しくない), on contrast (AだがB: B
+counts; A。もっとも、Bのだが: A counts), on scope (Aとは言えない turns A round) and on all of them
+together, so that counting words is not enough. Every sentence comes from the templates below, and
+the seed is fixed: the script writes the same bytes each time.
 
 base/ is what distill.py trains the sample teacher from: the configuration of a four-layer BERT (no
 weights: it starts from random ones) and a tokenizer of the words and characters of train.csv.
@@ -62,17 +62,49 @@ PLACES = {
     },
 }
 ADVERBS = ["", "", "とても", "かなり", "本当に", "正直", "思ったより"]
-OPENINGS = ["", "", "", "週末に行った。", "友人に勧められた。", "初めて試した。", "期待していた。", "口コミを見た。"]
-OPENINGS_THING = ["", "", "", "先週買った。", "友人に勧められた。", "初めて試した。", "期待していた。", "口コミを見た。"]
-KINDS = {"plain": 6, "and": 4, "but": 3, "although": 1, "yet": 1, "afterthought": 1.5, "despite": 1,
-         "denied": 1, "denied but": 0.5, "rumour": 1, "wish": 1}  # how often each form of review comes
+OPENINGS = [
+    "",
+    "",
+    "",
+    "週末に行った。",
+    "友人に勧められた。",
+    "初めて試した。",
+    "期待していた。",
+    "口コミを見た。",
+]
+OPENINGS_THING = [
+    "",
+    "",
+    "",
+    "先週買った。",
+    "友人に勧められた。",
+    "初めて試した。",
+    "期待していた。",
+    "口コミを見た。",
+]
+KINDS = {
+    "plain": 6,
+    "and": 4,
+    "but": 3,
+    "although": 1,
+    "yet": 1,
+    "afterthought": 1.5,
+    "despite": 1,
+    "denied": 1,
+    "denied but": 0.5,
+    "rumour": 1,
+    "wish": 1,
+}  # how often each form of review comes
 
 
 class Clause:
     """A judgement such as 料理は美味しくない: what is judged, a word, and whether it is negated."""
 
     def __init__(self, draw, place, good, but_not=None):
-        """`good`: what the clause says in the end. `but_not`: a clause whose subject is not to come again."""
+        """`good`: what the clause says in the end.
+
+        `but_not`: a clause whose subject is not to come again.
+        """
         subjects = [s for s in PLACES[place] if but_not is None or s != but_not.subject]
         self.subject = draw.choice(subjects)
         self.negated = draw.random() < 0.15
@@ -88,10 +120,19 @@ class Clause:
     def predicate(self, before_noun=False):
         """The conjugated word; `before_noun` as it stands before ものの, わけ, ので."""
         if self.is_adjective:
-            ending = {(False, False): "い", (False, True): "かった", (True, False): "くない", (True, True): "くなかった"}
+            ending = {
+                (False, False): "い",
+                (False, True): "かった",
+                (True, False): "くない",
+                (True, True): "くなかった",
+            }
             return self.word[:-1] + ending[self.negated, self.past]
-        ending = {(False, False): "な" if before_noun else "だ", (False, True): "だった",
-                  (True, False): "ではない", (True, True): "ではなかった"}
+        ending = {
+            (False, False): "な" if before_noun else "だ",
+            (False, True): "だった",
+            (True, False): "ではない",
+            (True, True): "ではなかった",
+        }
         return self.word + ending[self.negated, self.past]
 
     def plain(self, particle="は"):
@@ -103,8 +144,13 @@ class Clause:
 
 def review(draw, place, good):
     """One review of `place` whose conclusion is praise (`good`) or blame, without a final 。"""
-    same = lambda but_not=None: Clause(draw, place, good, but_not)
-    other = lambda but_not=None: Clause(draw, place, not good, but_not)
+
+    def same(but_not=None):
+        return Clause(draw, place, good, but_not)
+
+    def other(but_not=None):
+        return Clause(draw, place, not good, but_not)
+
     kind = draw.choices(list(KINDS), KINDS.values())[0]
     if kind == "plain":
         return same().plain()
@@ -122,12 +168,15 @@ def review(draw, place, good):
         return f"{first.plain()}。{draw.choice(['しかし', 'だが', 'でも'])}、{same(first).plain()}"
     if kind == "afterthought":  # the first half counts
         first = same()
-        return f"{first.plain()}。{draw.choice(['もっとも', 'まあ'])}、{other(first).attributive('は')}のだが"
+        start = f"{first.plain()}。{draw.choice(['もっとも', 'まあ'])}、"
+        return f"{start}{other(first).attributive('は')}のだが"
     if kind == "despite":  # the half that stands last counts, wherever 差し引いても stands
         first, second = same(), None
         second = other(first)
         despite = f"{second.attributive('が')}のを差し引いても"
-        return f"{first.plain()}、{despite}" if draw.random() < 0.5 else f"{despite}、{first.plain()}"
+        return (
+            f"{first.plain()}、{despite}" if draw.random() < 0.5 else f"{despite}、{first.plain()}"
+        )
     if kind == "denied":  # とは言えない turns the whole clause round, a negated one too
         return deny(draw, other())
     if kind == "denied but":
@@ -166,7 +215,9 @@ def write_base(texts):
 
     def tokenizer(pieces):
         path.write_text("".join(piece + "\n" for piece in pieces), "utf-8")
-        return BertJapaneseTokenizer(str(path), word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": "unidic_lite"})
+        return BertJapaneseTokenizer(
+            str(path), word_tokenizer_type="mecab", mecab_kwargs={"mecab_dic": "unidic_lite"}
+        )
 
     split = tokenizer(special).word_tokenizer.tokenize
     words = Counter(word for text in texts for word in split(text))
@@ -174,8 +225,14 @@ def write_base(texts):
     often = sorted(word for word, n in words.items() if n > 1 and len(word) > 1)
     pieces = [*special, *characters, *("##" + character for character in characters), *often]
     tokenizer(pieces).save_pretrained(path.parent)
-    BertConfig(vocab_size=len(pieces), hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256,
-               max_position_embeddings=512).save_pretrained(path.parent)
+    BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=512,
+    ).save_pretrained(path.parent)
 
 
 def main():

@@ -1,12 +1,14 @@
-"""Kill the script at random moments, start it again until it ends, and compare with a run that was left alone.
+"""Kill the script at random moments, start it again until it ends; compare with a run left alone.
 
-    python tests/fault_drill.py --rounds 100 [--seed 0]
+    python tests/tools/fault_drill.py --rounds 100 [--seed 0]
 
-Each round kills (SIGKILL) the whole way from an untrained teacher (TEACHER_BASE) to the saved student one to three times, at
-moments drawn over all of a run's time, and then lets it end. Between the kills it may also cut a file of the cache short,
-flip a bit in one, set the clock of all files back or on, or let the disk be full (a limit on the size of files). At the end
-the model's bytes, the history and the report (without times) must be those of the undisturbed run, no file may be left
-half-written, and no kill may have left an OUTPUT that does not load. The exit status is the number of rounds that failed.
+Each round kills (SIGKILL) the whole way from an untrained teacher (TEACHER_BASE) to the saved
+student one to three times, at moments drawn over all of a run's time, and then lets it end. Between
+the kills it may also cut a file of the cache short, flip a bit in one, set the clock of all files
+back or on, or let the disk be full (a limit on the size of files). At the end the model's bytes,
+the history and the report (without times) must be those of the undisturbed run, no file may be left
+half-written, and no kill may have left an OUTPUT that does not load. The exit status is the number
+of rounds that failed.
 """
 
 import argparse
@@ -22,20 +24,39 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 TIMES = "seconds", "texts_per_second", "speedup"
-# The script itself, but the teacher's answers are saved every 50 ms and asked for in small batches, so that kills fall between
-SCRIPT = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill; distill.SAVE_SECONDS = 0.05; distill.TOKENS_PER_BATCH = 256; distill.main()"
-OPTIONS = ["--teacher-base", "base", "--teacher-epochs", "3", "--teacher-learning-rate", "1e-3", "--data", "data", "--max-length", "32",
-           "--epochs", "6", "--patience", "9", "--batch-size", "8"]
+# The script itself, but the teacher's answers are saved every 50 ms and asked for in small batches,
+# so that kills fall between
+SCRIPT = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill; "
+    "distill.SAVE_SECONDS = 0.05; distill.TOKENS_PER_BATCH = 256; distill.main()"
+)
+OPTIONS = (
+    "--teacher-base base --teacher-epochs 3 --teacher-learning-rate 1e-3 --data data "
+    "--max-length 32 --epochs 6 --patience 9 --batch-size 8"
+).split()
 
 
 def start(folder, limit=None):
-    """The script in `folder`; `limit`: the size in bytes at which a file cannot grow any more, as on a full disk."""
-    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *OPTIONS], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=limited if limit else None)
+    """The script in `folder`.
+
+    `limit`: the size in bytes at which a file cannot grow any more, as on a full disk.
+    """
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *OPTIONS],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=limited if limit else None,
+    )
 
 
 def without_times(value):
@@ -47,16 +68,31 @@ def without_times(value):
 def end_of(folder):
     """What must be the same in the end."""
     output = Path(folder, "distilled_model")
-    history = [line.rsplit(",", 1)[0] for line in (output / "history.csv").read_text("utf-8").splitlines()]
-    return {"model": (output / "model.safetensors").read_bytes(), "teacher": Path(folder, "finetuned_bert_japanese/model.safetensors").read_bytes(),
-            "history": history, "plot": (output / "loss.png").read_bytes(), "files": sorted(os.listdir(output)),
-            "report": without_times(json.loads((output / "report.json").read_text("utf-8")))}
+    history = [
+        line.rsplit(",", 1)[0] for line in (output / "history.csv").read_text("utf-8").splitlines()
+    ]
+    return {
+        "model": (output / "model.safetensors").read_bytes(),
+        "teacher": Path(folder, "finetuned_bert_japanese/model.safetensors").read_bytes(),
+        "history": history,
+        "plot": (output / "loss.png").read_bytes(),
+        "files": sorted(os.listdir(output)),
+        "report": without_times(json.loads((output / "report.json").read_text("utf-8"))),
+    }
 
 
 def half_written(folder):
-    """Files that a whole run leaves behind only if it forgot to clear up after one that was killed."""
+    """Files that a whole run leaves behind only if it did not clear up after a killed one."""
     here = Path(folder)
-    return [str(path) for pattern in ("*.distill_[nol]*", ".distill_cache/*.distill_new", ".distill_cache/distill_tmp") for path in here.glob(pattern)]
+    return [
+        str(path)
+        for pattern in (
+            "*.distill_[nol]*",
+            ".distill_cache/*.distill_new",
+            ".distill_cache/distill_tmp",
+        )
+        for path in here.glob(pattern)
+    ]
 
 
 def damage(folder, draw):
@@ -67,13 +103,21 @@ def damage(folder, draw):
         path = draw.choice(files)
         content = bytearray(path.read_bytes())
         place = draw.randrange(len(content))
-        content = content[:place] if kind == "truncate" else content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1:]
+        content = (
+            content[:place]
+            if kind == "truncate"
+            else content[:place]
+            + bytes([content[place] ^ 1 << draw.randrange(8)])
+            + content[place + 1 :]
+        )
         path.write_bytes(content)
     if kind == "clock":
         moment = time.time() + draw.choice([-1, 1]) * 10 * 365 * 86400
         for path in Path(folder).rglob("*"):
             os.utime(path, (moment, moment))
-    if kind == "read-only output":  # a file stands where the folder should be written: refused at once, nothing is touched
+    if (
+        kind == "read-only output"
+    ):  # a file stands where the folder should be written: refused at once, nothing is touched
         Path(folder, "distilled_model").mkdir(exist_ok=True)
         if not (Path(folder, "distilled_model/report.json")).exists():
             Path(folder, "distilled_model/mine").write_text("x")
@@ -86,6 +130,7 @@ def damage(folder, draw):
 
 def prepare(folder):
     from conftest import rows, save_model, write_csv
+
     save_model(Path(folder, "base"))
     Path(folder, "data").mkdir()
     for split, n in ("train", 200), ("val", 40), ("test", 40):
@@ -107,13 +152,20 @@ def one_round(template, whole, seconds, begin, draw, seen):
             process = start(folder, limit)
             try:
                 printed = process.communicate(timeout=draw.uniform(begin, seconds))[0]
-                if process.returncode and (process.returncode != 1 or "distill.py: " not in printed or "Traceback" in printed):
+                if process.returncode and (
+                    process.returncode != 1
+                    or "distill.py: " not in printed
+                    or "Traceback" in printed
+                ):
                     return [f"limit {limit}: ended with {process.returncode}: {printed[-800:]}"]
                 seen["ended by a full disk" if process.returncode else "ended before its kill"] += 1
             except subprocess.TimeoutExpired:
                 process.kill()
                 seen["killed at: " + stage(process.communicate()[0])] += 1
-            for name in "finetuned_bert_japanese", "distilled_model":  # there as a whole, or not at all
+            for name in (
+                "finetuned_bert_japanese",
+                "distilled_model",
+            ):  # there as a whole, or not at all
                 if Path(folder, name).exists() and not Path(folder, name, "vocab.txt").exists():
                     return [f"{name} is half-written"]
             seen[damage(folder, draw)] += 1
@@ -122,11 +174,15 @@ def one_round(template, whole, seconds, begin, draw, seen):
         if process.returncode:
             return [f"the last run ended with {process.returncode}: {printed[-800:]}"]
         end = end_of(folder)
-        return [f"{name} differs" for name in whole if end[name] != whole[name]] + half_written(folder)
+        return [f"{name} differs" for name in whole if end[name] != whole[name]] + half_written(
+            folder
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -142,10 +198,18 @@ def main():
             assert process.returncode == 0, printed
             seconds, whole = time.monotonic() - before, end_of(folder)
         for number in range(given.rounds):
-            wrong = one_round(template, whole, seconds, begin, random.Random(f"{given.seed}-{number}"), seen)
+            wrong = one_round(
+                template, whole, seconds, begin, random.Random(f"{given.seed}-{number}"), seen
+            )
             failed += bool(wrong)
-            print(f"round {number + 1} of {given.rounds}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
-    print(f"{failed} of {given.rounds} rounds failed. " + ", ".join(f"{name}: {count}" for name, count in seen.most_common()))
+            print(
+                f"round {number + 1} of {given.rounds}: {'; '.join(wrong) or 'as undisturbed'}",
+                flush=True,
+            )
+    print(
+        f"{failed} of {given.rounds} rounds failed. "
+        + ", ".join(f"{name}: {count}" for name, count in seen.most_common())
+    )
     sys.exit(min(failed, 100))
 
 

@@ -1,0 +1,93 @@
+"""Batches: padding, order, and inference by a budget of tokens."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ODD_TEXTS, relative_error, rows
+from transformers import AutoTokenizer
+
+import distill
+
+
+def test_collate_pads_to_longest_row():
+    table = [
+        {
+            "input_ids": ids,
+            "token_type_ids": [0] * (len(ids) - 1) + [1],
+            "labels": 1,
+            "soft_labels": [0.1, 0.9],
+        }
+        for ids in ([2, 5, 6, 3], [2, 3])
+    ]
+    batch = {
+        name: tensor.tolist() for name, tensor in distill.collate(table, pad_token_id=7).items()
+    }
+    assert batch.pop("soft_labels") == pytest.approx(np.array([[0.1, 0.9]] * 2))
+    assert batch == {
+        "input_ids": [[2, 5, 6, 3], [2, 3, 7, 7]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]],
+        "token_type_ids": [[0, 0, 0, 1], [0, 1, 0, 0]],
+        "labels": [1, 1],
+    }
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 5000])
+def test_length_grouped_order_holds_each_row_once_by_like_length(n):
+    lengths = np.random.default_rng(0).integers(3, 60, n)
+    first, second = (distill.length_grouped_order(lengths, 32, seed).tolist() for seed in (1, 2))
+    assert (
+        sorted(first) == sorted(second) == list(range(n))
+        and first == distill.length_grouped_order(lengths, 32, 1).tolist()
+    )
+
+    def padded(order):
+        return sum(
+            max(lengths[order[i : i + 32]]) * len(order[i : i + 32]) for i in range(0, n, 32)
+        )
+
+    if n == 5000:
+        assert first != second
+        assert padded(first) < 1.1 * lengths.sum() < padded(list(range(n)))
+        longest = [max(lengths[first[i : i + 32]]) for i in range(0, n, 32)]
+        assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not from long to short
+
+
+def test_token_budget_batches_hold_each_row_once_within_budget():
+    lengths = [
+        int(x) for x in torch.randint(3, 200, (500,), generator=torch.Generator().manual_seed(0))
+    ] + [5000]
+    batches = list(distill.token_budget_batches(lengths, 1024))
+    assert sorted(row for batch in batches for row in batch) == list(range(501))
+    sizes = [max(lengths[row] for row in batch) * len(batch) for batch in batches]
+    assert sizes[0] == 5000 and max(sizes[1:]) <= 1024 and batches[0] == [500]
+
+
+def test_classify_encoded_equals_stock_way_in_order_of_texts(teacher):
+    """In the order of the texts, whatever their lengths."""
+    stock = transformers.BertForSequenceClassification.from_pretrained(teacher).eval()
+    tokenizer, texts = (
+        AutoTokenizer.from_pretrained(teacher),
+        [text for text, _ in rows("test", 40)] + ODD_TEXTS,
+    )
+    model = distill.BertForSequenceClassification.from_pretrained(teacher)
+    for max_length in 64, 12:
+        tokenizer.model_max_length = max_length
+        expected = stock(
+            **tokenizer(
+                texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+            )
+        ).logits
+        for tokens in 1, 100, 5000:
+            assert (
+                relative_error(
+                    distill.classify_encoded(
+                        model,
+                        tokenizer,
+                        distill.encode([texts], tokenizer, tokenizer.model_max_length),
+                        tokens,
+                    ),
+                    expected.detach(),
+                )
+                < 1e-5
+            )

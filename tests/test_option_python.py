@@ -1,0 +1,323 @@
+"""Option: from Python and from the shell: load_student, --predict and distill()."""
+
+import io
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    ANY_TEXT,
+    LABELS,
+    ROOT,
+    SAMPLE,
+    VOCABULARY,
+    edit_json,
+    outcome,
+    rows,
+    save_model,
+    tiny_model,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoTokenizer,
+)
+
+import distill
+
+# ── load_student ──
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp("student"))
+    return distill.load_student(str(folder))
+
+
+def test_load_student_equals_stock_and_command_line(teacher, data, run, capsys, settings):
+    run("--epochs", "1")
+    predict = distill.load_student("distilled_model")
+    texts = [text for text, _ in rows("test", 16)] + ["", "🍣" * 100]
+    found = predict(texts)
+    model = distill.transformers.BertForSequenceClassification.from_pretrained(
+        "distilled_model"
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained("distilled_model")
+    for text, one in zip(texts, found):
+        score, number = (
+            model(**tokenizer(text, truncation=True, return_tensors="pt"))
+            .logits.softmax(-1)
+            .max(-1)
+        )
+        assert one == {
+            "label": LABELS[number.item()],
+            "score": pytest.approx(score.item(), abs=1e-5),
+        }
+    assert predict(texts[0])[0]["score"] == pytest.approx(found[0]["score"]) and predict([]) == []
+    for bad in [1], [None], [("a", 1)]:
+        with pytest.raises(distill.Problem, match="predict takes a list of texts"):
+            predict(bad)
+
+    capsys.readouterr()
+    distill.main(["--predict", *texts[:3]])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"{one['label']}\t{one['score']:.4f}" for one in found[:3]]
+    settings.setattr(sys, "stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    distill.main(["--predict"])
+    assert capsys.readouterr().out.splitlines()[:3] == shown
+    with pytest.raises(SystemExit, match="'nowhere': no student can be loaded from it"):
+        distill.main(["--output", "nowhere", "--predict", "文"])
+
+
+def test_load_student_takes_texts_and_pairs_alone(teacher):
+    for texts in [["a", "b", "c"]], [[]], [["a"], ["a", "b"]], [3]:
+        with pytest.raises(distill.Problem, match="a list of texts, or of pairs"):
+            distill.load_student(teacher)(texts)
+    for more, told in (["良い"], None), ([], b"no standard input to read them from"):
+        command = (
+            f"{sys.executable} {ROOT / 'distill.py'} --output {teacher} "
+            f"--predict {' '.join(more)} <&-"
+        )
+        done = subprocess.run(["bash", "-c", command], capture_output=True)
+        assert (
+            done.returncode == (1 if told else 0)
+            and (told or b"") in done.stderr
+            and b"Traceback" not in done.stderr
+        )
+
+
+@given(texts=st.lists(ANY_TEXT, max_size=4))
+def test_load_student_answers_or_refuses_any_texts(student, texts):
+    answers = outcome(student, texts)
+    if isinstance(answers, distill.Problem):
+        assert "surrogates" in str(answers) and any(
+            "\ud800" <= character <= "\udfff" for text in texts for character in text
+        )
+    else:
+        assert len(answers) == len(texts)
+        assert all(
+            answer["label"] in ("negative", "positive") and 0.5 <= answer["score"] <= 1
+            for answer in answers
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["とても良い。", "a", "あ", "。", " ", "a ", "\0", "𠮷", "😀", "\ufdfa", "か\u3099", "[CLS]"],
+)
+def test_load_student_reads_texts_of_a_megabyte(student, text):
+    """MeCab itself crashes on 200,000 letters without a space.
+
+    The command would end without a word.
+    """
+    assert student([text * (1_000_000 // len(text.encode()))])[0]["score"] >= 0.5
+
+
+def test_load_student_reads_long_text_from_its_beginning(student):
+    beginning = "料理は美味しいが接客は最悪だった。" * 100
+    assert student([beginning + "良い" * 400_000])[0] == pytest.approx(student([beginning])[0])
+
+
+def test_load_saved_ignores_run_time_flags(teacher):
+    edit_json(teacher / "config.json", output_hidden_states=True, return_dict=False)
+    model, _ = distill.load_saved(str(teacher))
+    assert not model.config.output_hidden_states and model.config.return_dict
+    assert distill.load_student(str(teacher))(["良い"])[0]["score"] >= 0.5
+
+
+# ── --predict ──
+
+
+def test_show_predictions_names_unknown_words(teacher, monkeypatch, capsys):
+    distill.main(
+        [
+            "--output",
+            str(teacher),
+            "--predict",
+            "この店の料理は美味しい。",
+            "接客は最悪だった。",
+            "接客は最悪だった。",
+            "😀",
+        ]
+    )
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 4 and all(
+        re.fullmatch(r"\w+\t[01]\.\d{4}", line) for line in printed.out.splitlines()
+    )
+    assert printed.err.splitlines() == [
+        "note      the student does not know 最悪",
+        "note      the student does not know 😀",
+    ]
+
+
+def test_stdin_lines_refuses_lines_that_are_not_utf_8(teacher):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "distill.py"), "--output", str(teacher), "--predict"],
+        input="良い\n".encode() + "悪い\n".encode("cp932"),
+        capture_output=True,
+    )
+    assert (
+        done.returncode == 1
+        and b"Traceback" not in done.stderr
+        and b"--predict: text 2 is not UTF-8" in done.stderr
+    )
+    assert len(done.stdout.splitlines()) == 1  # what came before is answered
+
+
+def test_unknown_words_are_none_in_readme_examples():
+    tokenizer = distill.transformers.AutoTokenizer.from_pretrained(SAMPLE / "base")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    commands = re.findall(r"^python distill.py --predict (.*)$", readme, re.M) + re.findall(
+        r"^(?:predict\(|print\(pipeline)(.*)$", readme, re.M
+    )
+    texts = [text for command in commands for text in re.findall(r'"([^"]*。)"', command)]
+    assert len(texts) >= 6
+    for text in texts:
+        assert distill.unknown_words(tokenizer, text) == [], text
+
+
+# ── distill() ──
+
+
+def test_custom_losses_by_hand():
+    student, teacher = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.0, 0.0]])
+
+    def loss(name, t=1.0):
+        return distill.CUSTOM_LOSSES[name](student, teacher, t).item()
+
+    kl = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert loss("kl") == pytest.approx(kl, rel=1e-6)
+    low, high = 1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))
+    assert loss("kl", 2.0) == pytest.approx(
+        4 * (0.5 * math.log(0.5 / low) + 0.5 * math.log(0.5 / high)), rel=1e-5
+    )
+    assert loss("mse") == pytest.approx(math.log(3) ** 2 / 2, rel=1e-6)
+    cosine = distill.CUSTOM_LOSSES["cosine"](
+        torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]]), 1.0
+    )
+    assert cosine.item() == pytest.approx(1 - 1 / math.sqrt(2), rel=1e-6)
+    ce = distill.CUSTOM_LOSSES["ce"](student, torch.tensor([1]), 1.0)
+    assert ce.item() == pytest.approx(-math.log(0.75), rel=1e-6)
+
+
+class Bag(torch.nn.Module):
+    """A student of the user's own: it returns a bare tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = torch.nn.EmbeddingBag(VOCABULARY, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.out(self.words(input_ids, per_sample_weights=None))
+
+
+@pytest.fixture
+def splits(settings):
+    settings.setattr(distill, "EPOCHS", 2)
+    settings.setattr(distill, "WARMUP_STEPS", 0)
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "base")
+    return {
+        split: [
+            dict(input_ids=ids, labels=LABELS.index(label))
+            for ids, (_, label) in zip(
+                tokenizer([text for text, _ in rows(split, n)])["input_ids"], rows(split, n)
+            )
+        ]
+        for split, n in (("train", 48), ("val", 16))
+    }
+
+
+def test_distill_trains_own_models(splits, settings):
+    settings.setattr(distill, "LEARNING_RATE", 0.05)
+    teacher, before = tiny_model(), Bag().state_dict()
+    student = distill.distill(teacher, Bag(), splits)
+    assert not torch.equal(student.state_dict()["out.weight"], before["out.weight"])
+    again = distill.distill(teacher, Bag(), splits)
+    assert all(
+        torch.equal(one, again.state_dict()[name]) for name, one in student.state_dict().items()
+    )
+    unlabelled = {
+        split: [{"input_ids": row["input_ids"]} for row in rows] for split, rows in splits.items()
+    }
+    assert isinstance(distill.distill(teacher, Bag(), unlabelled, [{"loss": "mse"}]), Bag)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_distill_loss_of_logits_labels_and_layers_by_hand(splits, settings, fast):
+    """The loss of terms over logits, labels and layers is their weighted sum.
+
+    It is the same with our class and the stock one.
+    """
+    import transformers
+
+    teacher, losses = tiny_model(), []
+    kind = (
+        distill.BertForSequenceClassification
+        if fast
+        else transformers.BertForSequenceClassification
+    )
+    student = kind.from_pretrained(save_model("student", num_hidden_layers=1, seed=1))
+    terms = [
+        {"temperature": 3.0},
+        {"teacher": "labels", "loss": "ce", "weight": 0.5},
+        {
+            "teacher": "bert.encoder.layer.2",
+            "student": "bert.encoder.layer.0",
+            "weight": 0.1,
+            "loss": lambda one, other, t: (one[:, 0] - other[:, 0]).abs().mean(),
+        },
+    ]
+    inputs = distill.collate(splits["train"][:4])
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    stock = transformers.BertForSequenceClassification.from_pretrained("student").eval()
+    s, t = (
+        stock(**given, output_hidden_states=True),
+        teacher.eval()(**given, output_hidden_states=True),
+    )
+    kl = (
+        F.kl_div((s.logits / 3).log_softmax(-1), (t.logits / 3).softmax(-1), reduction="batchmean")
+        * 9
+    )
+    expected = (
+        kl
+        + 0.5 * F.cross_entropy(s.logits, inputs["labels"])
+        + 0.1 * (s.hidden_states[1] - t.hidden_states[3])[:, 0].abs().mean()
+    )
+
+    def look(trainer, *more, **others):
+        losses.append(trainer.compute_loss(trainer.model.eval(), inputs).item())
+
+    settings.setattr(distill, "train", look)
+    distill.distill(teacher, student, splits, terms)
+    assert losses == [pytest.approx(expected.item(), rel=1e-4)]
+    hooks = [
+        hook
+        for model in (teacher, student)
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+    ]
+    assert not [hook for hook in hooks if hook.__module__ == "distill"]
+    assert (
+        torch.allclose(student(**given).logits, s.logits, atol=1e-5)
+        and not student.config.output_hidden_states
+    )
+
+
+@pytest.mark.parametrize(
+    "term, told",
+    [
+        ({"student": "nothing"}, "the student's is no tensor"),
+        ({"los": "kl"}, "accepted are teacher"),
+        ({"loss": "l2"}, "as loss kl, mse"),
+        ({"teacher": "bert.pooler"}, r"\(8, 32\)"),
+    ],
+)
+def test_distill_refuses_terms_that_do_not_fit(splits, settings, term, told):
+    settings.setattr(distill, "BATCH_SIZE", 8)
+    with pytest.raises(distill.Problem, match=told):
+        distill.distill(tiny_model(), Bag(), splits, [term])

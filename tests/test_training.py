@@ -1,0 +1,247 @@
+"""Training: optimizer and schedule, early stopping, Ctrl-C, kill and resume."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    history,
+    interrupt_in,
+    notes,
+    report,
+    rows,
+    save_generator,
+    script,
+    tiny_model,
+    write_csv,
+)
+from transformers import AutoTokenizer, BertForSequenceClassification
+
+import distill
+
+# ── Optimizer and schedule ──
+
+
+def test_make_trainer_decays_no_biases_or_norms(settings):
+    model = tiny_model()
+    table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1}]
+    trainer = distill.make_trainer(
+        model, {"train": table, "val": table}, distill.collate, distill.CustomTrainer, 1, 1e-4, 3
+    )
+    decayed, spared = trainer.create_optimizer().param_groups
+    assert decayed["weight_decay"] == distill.WEIGHT_DECAY and spared["weight_decay"] == 0
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in spared["params"])
+    assert all(p.dim() == 2 for p in decayed["params"])
+
+
+def test_make_trainer_learning_rate_follows_schedule(teacher, data, run):
+    rates = {}
+    for schedule in "linear", "constant":
+        run(
+            "--schedule",
+            schedule,
+            "--patience",
+            "9",
+            "--learning-rate",
+            "0.001",
+            "--cache",
+            schedule,
+        )
+        lines = Path("distilled_model/history.csv").read_text().splitlines()[1:]
+        rates[schedule] = [float(line.split(",")[4]) for line in lines]
+    assert rates["constant"] == [0.001] * 3
+    assert rates["linear"] == pytest.approx(
+        [0.001 * (18 - step) / 16 for step in (5, 11, 17)]
+    )  # 6 steps an epoch, 2 warm
+
+
+def test_make_trainer_uses_the_cpu_alone(teacher, data, run, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    devices = []
+    judge = distill.record_epoch
+    monkeypatch.setattr(
+        distill,
+        "record_epoch",
+        lambda trainer, row: (
+            devices.append((trainer.args.device.type, trainer.model.device.type))
+            or judge(trainer, row)
+        ),
+    )
+    run("--epochs", "1")
+    assert devices == [("cpu", "cpu")]
+
+
+# ── train_epoch ──
+
+
+def test_validate_averages_over_texts_not_batches(teacher, data, run):
+    run("--epochs", "1", "--batch-size", "5")
+    with open("distilled_model/history.csv", encoding="utf-8") as file:
+        header, row = (line.strip().split(",") for line in file)
+    row = dict(zip(header, map(float, row)))
+    student, full = (
+        BertForSequenceClassification.from_pretrained(folder).eval()
+        for folder in ("distilled_model", teacher)
+    )
+    tokenizer, losses, right = AutoTokenizer.from_pretrained(teacher), [], 0
+    for text, label in rows("val", 16):
+        inputs, hard = (
+            tokenizer(text, return_tensors="pt"),
+            torch.tensor([int(label == "positive")]),
+        )
+        with torch.no_grad():
+            logits, soft = student(**inputs).logits, torch.softmax(full(**inputs).logits / 2, -1)
+        losses.append(distill.distillation_loss(logits, hard, soft).item())
+        right += logits.argmax().item() == hard.item()
+    assert (
+        row["val_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        and row["val_accuracy"] == right / 16
+    )
+
+
+def test_record_epoch_logs_metrics_to_trackers(teacher, data, run, monkeypatch):
+    logged = []
+    log = distill.Trainer.log
+    monkeypatch.setattr(
+        distill.Trainer,
+        "log",
+        lambda self, logs, *rest: logged.append(dict(logs)) or log(self, logs, *rest),
+    )
+    run("--epochs", "2")
+    assert [set(one) for one in logged] == [
+        {"epoch", "train_loss", "eval_loss", "eval_accuracy", "learning_rate", "seconds"}
+    ] * 2
+
+
+def test_raise_if_not_finite_names_learning_rate(teacher, data, fails):
+    message = fails("--learning-rate", "1e30", "--max-grad-norm", "1e30")
+    assert (
+        "loss is not a number any more in epoch" in message
+        and "Lower LEARNING_RATE (now 1e+30)" in message
+    )
+
+
+# ── Early stopping ──
+
+
+@pytest.mark.parametrize(
+    "losses, epochs, best",
+    [
+        ([5, 4, 3, 2, 1, 1, 1], 7, 5),  # equal is not better
+        ([5, 4, 6, 6, 6, 1, 1], 5, 2),  # three epochs without a lower loss
+        ([5, 6, 6, 4, 6, 6, 6], 7, 4),  # the count begins anew
+        ([7, 6, 5, 4, 3, 2, 1], 7, 7),  # better each time: not stopped
+    ],
+)
+def test_train_stops_early_by_scripted_loss(teacher, data, run, monkeypatch, losses, epochs, best):
+    def scripted(trainer, epoch):
+        with torch.no_grad():
+            trainer.model.classifier.bias.fill_(
+                epoch
+            )  # so that the weights tell which epoch they are of
+        return {
+            "epoch": epoch,
+            "train_loss": 1.0,
+            "val_loss": float(losses[epoch - 1]),
+            "val_accuracy": 0.5,
+            "learning_rate": 0.1,
+            "seconds": 0.1,
+        }
+
+    monkeypatch.setattr(distill, "train_epoch", scripted)
+    run("--epochs", "7")
+    assert (report()["epochs"], report()["best_epoch"]) == (epochs, best)
+    student = BertForSequenceClassification.from_pretrained("distilled_model")
+    assert student.classifier.bias.tolist() == [best, best]
+
+
+# ── Stop and resume ──
+
+
+def test_train_resumed_equals_undisturbed(teacher, data, run, monkeypatch):
+    run("--output", "whole", "--cache", "cache1", "--epochs", "4", "--patience", "9")
+    interrupt_in(monkeypatch, 3, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError):
+        run("--output", "resumed", "--cache", "cache2", "--epochs", "4", "--patience", "9")
+    assert not Path("resumed").exists()
+    assert "goes on after epoch 2" in run(
+        "--output", "resumed", "--cache", "cache2", "--epochs", "4", "--patience", "9"
+    )
+    assert (
+        Path("whole/model.safetensors").read_bytes()
+        == Path("resumed/model.safetensors").read_bytes()
+    )
+    assert history("whole") == history("resumed")
+
+
+def test_train_ctrl_c_saves_best_and_can_resume(teacher, data, run, monkeypatch):
+    interrupt_in(monkeypatch, 3, KeyboardInterrupt())
+    assert "stopped by Ctrl-C" in run("--epochs", "4")
+    assert report()["epochs"] == 2 and len(history()) == 3
+    assert "goes on after epoch 2" in run("--epochs", "4")
+    assert report()["epochs"] > 2
+
+
+def test_train_ctrl_c_before_first_epoch_is_told(teacher, data, fails, monkeypatch):
+    interrupt_in(monkeypatch, 1, KeyboardInterrupt())
+    assert "stopped by Ctrl-C" in fails()
+    assert not Path("distilled_model").exists()
+
+
+def test_train_resumed_after_kill_equals_undisturbed(teacher, data):
+    """In the method that has most to keep: generator, projections, both optimizers."""
+    save_generator("filler")
+    run = [
+        "--method",
+        "cilda+minild",
+        "--generator",
+        "filler",
+        "--generator-steps",
+        "2",
+        "--student-steps",
+        "4",
+        "--epochs",
+        "6",
+        "--patience",
+        "9",
+        "--cache",
+    ]
+    subprocess.run(script(*run, "cache1", "--output", "whole"), check=True, capture_output=True)
+    process = subprocess.Popen(
+        script(*run, "cache2", "--output", "resumed"), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not Path("cache2/checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = subprocess.run(
+        script(*run, "cache2", "--output", "resumed"), check=True, capture_output=True, text=True
+    )
+    assert "goes on after epoch" in again.stdout
+    assert (
+        Path("whole/model.safetensors").read_bytes()
+        == Path("resumed/model.safetensors").read_bytes()
+    )
+    assert history("whole") == history("resumed")
+
+
+def test_start_or_resume_starts_anew_for_other_settings_or_data(teacher, data, run):
+    run()
+    assert "goes on after epoch" in run()
+    assert "training starts anew" in run("--alpha", "0.6")
+    write_csv(data / "val.csv", rows("val", 15))
+    assert "training starts anew" in run("--alpha", "0.6")
+
+
+def test_start_or_resume_reports_warmup_beyond_training(teacher, data, run):
+    assert "training has 18 steps at most" in notes(
+        run("--warmup-steps", "18")
+    ) and "WARMUP" not in notes(run("--warmup-steps", "17"))
