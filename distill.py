@@ -85,11 +85,11 @@ MAX_LENGTH = 128  # tokens; longer texts are truncated. A larger value does not 
 # Student
 STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
-STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a small pretrained model
+STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model's folder
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (0, 11)
 DROPOUT = None  # in training ("bert" only); None: the teacher's. 0.0 was better on one data set
 # Loss
-METHOD = "kd"  # or "mse", "none", "rail", "mate", "cilda", "cilda+minild": see METHODS
+METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
 ALPHA = 0.5  # weight of the soft labels (KL); the hard labels (CE) get 1 - ALPHA
 TEMPERATURE = 2.0  # softens both distributions; raise it for an overconfident teacher
 # Training
@@ -2919,7 +2919,7 @@ UNLABELED = None  # texts that only the teacher labels: a file (.txt: one per li
 AUGMENT = 0  # copies of each training text, with some words masked or left out
 AUGMENT_MASK = 0.1  # in a copy, the probability that a word becomes [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
-GENERATOR = None  # masked-language model that fills in masked words; None: they stay [MASK]
+GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MateTrainer, too
 
 
 def load_extra_texts(train_rows, tokenizer):
@@ -3551,8 +3551,9 @@ class RailTrainer(MethodTrainer):
 class MateTrainer(MethodTrainer):
     """METHOD "mate": the student also learns the teacher's answers on rewritten texts.
 
-    A generator, a masked-language model, rewrites masked tokens. Every STUDENT_STEPS it is trained
-    for GENERATOR_STEPS to rewrite them so that the student errs (arXiv:2105.05912).
+    A masked-language model, GENERATOR or one made of the teacher, rewrites masked tokens. Every
+    STUDENT_STEPS it is trained for GENERATOR_STEPS to rewrite them so that the student errs
+    (arXiv:2105.05912).
     """
 
     needs_all_embeddings = True  # it writes tokens that the texts do not have
@@ -4398,7 +4399,7 @@ COMMAND_LINE_SETTINGS = set()  # the settings that were given on the command lin
 def read_command_line(argv):
     """Return ({setting: value} as given in `argv`, the list after --predict or None)."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
+        description=__doc__.split("\nMap ")[0],
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
