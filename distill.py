@@ -62,7 +62,6 @@ try:
     from accelerate import DistributedDataParallelKwargs, PartialState
     from accelerate.utils import broadcast_object_list, gather_object
     from matplotlib.figure import Figure
-    from torch.nn.utils.rnn import pad_sequence
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -2119,16 +2118,19 @@ def make_collate_fn(tokenizer):
 
 
 def collate(rows, pad_token_id=0):
-    """Return rows of `tokenize` as a batch of tensors, padded to the longest of these rows."""
+    """Return rows of `tokenize` as a batch of tensors, padded to the longest of these rows.
+
+    Lists are padded, not tensors: pad_sequence would take 5 % of the time from text to label.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    longest = max(lengths)
 
     def padded(name, padding):
-        tensors = [torch.tensor(row[name]) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=padding)
+        return torch.tensor([row[name] + [padding] * (longest - len(row[name])) for row in rows])
 
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch = {
         "input_ids": padded("input_ids", pad_token_id),
-        "attention_mask": (torch.arange(lengths.max()) < lengths[:, None]).long(),
+        "attention_mask": (torch.arange(longest) < torch.tensor(lengths)[:, None]).long(),
     }
     if "token_type_ids" in rows[0]:
         batch["token_type_ids"] = padded("token_type_ids", 0)
