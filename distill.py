@@ -8,7 +8,8 @@
 Reads   TEACHER, a fine-tuned BertForSequenceClassification, and DATA, labelled texts in the splits
         train, val and test. If both have their defaults and the TEACHER folder does not exist, a
         sample teacher is first trained on sample data (and kept in CACHE).
-Writes  OUTPUT: the student, its tokenizer, a model card, report.json, history.csv and loss.png.
+Writes  OUTPUT: the student, its tokenizer, a model card, report.json, predictions.csv, history.csv,
+        loss.png and cascade.png.
         CACHE: the teacher's logits and the last checkpoint, from which the same command resumes a
         run that was stopped. CACHE can be deleted at any time.
 
@@ -17,8 +18,9 @@ Map     Settings · The run · Teacher · Student · Loss and trainer · Trainin
         Report files · Models and tokenizers · Data files · Labels · Token ids and batches ·
         Teacher cache · Trainer and checkpoints · Fast BERT · Copying layers · Word vectors
             supporting code
-        Options: making a teacher · less or more text · other students · other methods · export ·
-        calling from Python; each section begins with the settings that only it reads
+        Options: making a teacher · a teacher that ran elsewhere · less or more text · other
+        students · other methods · what distillation was worth · a cascade · export · calling from
+        Python; each section begins with the settings that only it reads
         Settings: checks and command line · Errors · Files and locks · Processes · Main
 """
 
@@ -122,11 +124,12 @@ def run():
 
     with timed_stage("data", stage_seconds):
         teacher_name, teacher_recipe = find_teacher()  # recipe: how to make it; None if it exists
-        config = load_teacher_config(teacher_name, teacher_recipe)
+        config, label2id = load_teacher_config(teacher_name, teacher_recipe)
         tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
         preflight_checks(config, tokenizer)
-        data, label2id = load_data(config.label2id if teacher_recipe is None else None)
+        data, label2id = load_data(label2id)
         data |= load_extra_texts(data["train"], tokenizer)  # splits of their own, until labelled
+        test_texts = data["test"]
         student_tokenizer = load_student_tokenizer(tokenizer, data)
         data = tokenize(data, tokenizer, student_tokenizer)
         collate_fn = make_collate_fn(tokenizer)
@@ -138,7 +141,7 @@ def run():
             )
 
     with timed_stage("soft labels", stage_seconds):
-        teacher, teacher_info = load_teacher(teacher_name)
+        teacher, teacher_info = load_teacher(teacher_name, config, label2id)
         n_labelled = len(data["train"])
         data = append_extra_texts(data)  # to train, after its labelled texts
         data = add_soft_labels(data, teacher, collate_fn)
@@ -151,20 +154,32 @@ def run():
             data = use_student_ids(data)
             collate_fn = make_collate_fn(student_tokenizer)
         log_student(student, teacher)
+        untrained = copy.deepcopy(student) if BASELINE else None
         trainer = make_trainer(student, data, collate_fn, METHODS[METHOD])
         trainer.set_up_method(teacher, tokenizer)
 
     with timed_stage("training", stage_seconds):
         history = train(trainer, Path(CACHE, "checkpoint.pt"))
+    data["train"] = data["train"].select(range(n_labelled))  # without the extra texts
+    baseline = None
+    if BASELINE:
+        with timed_stage("baseline", stage_seconds):
+            baseline = train_baseline(untrained, data, collate_fn)
     if rank() != 0:  # only the first process evaluates and saves
         return None
 
     with timed_stage("evaluation", stage_seconds):
-        data["train"] = data["train"].select(range(n_labelled))  # without the extra texts
-        metrics = evaluate(trainer, data)
-
+        predictions = {split: predict(trainer, rows) for split, rows in data.items()}
+        test, names = predictions["test"], list(label2id)
+        results = {
+            "splits": evaluate(predictions),
+            "labels": evaluate_labels(test, names),
+            "cascade": evaluate_cascade(predictions["val"], test),
+            "baseline": baseline,
+            "predictions": prediction_rows(test_texts, test, names),
+        }
     run_info = {"teacher": teacher_info, "seconds": stage_seconds}
-    report = save_results(trainer, student_tokenizer, history, metrics, run_info)
+    report = save_results(trainer, student_tokenizer, history, results, run_info)
     print(format_report(report))
     if EXPORT:
         export(student, data["test"], collate_fn, report)
@@ -185,8 +200,11 @@ def add_soft_labels(data, teacher, collate_fn):
         teacher_seconds  this text's share of the time that the teacher took for its batch
 
     The teacher runs once per distinct text. Texts are identified by the column "key", a hash of
-    their token ids; those in the cache, from any earlier run of this teacher, are skipped.
+    their token ids; those in the cache, from any earlier run of this teacher, are skipped. With
+    SOFT_LABELS_COLUMN it does not run at all.
     """
+    if SOFT_LABELS_COLUMN:
+        return add_given_soft_labels(data)
     cache_path = Path(CACHE, f"teacher-{digest(teacher)}.pt")  # named after its weights
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
@@ -202,7 +220,7 @@ def add_soft_labels(data, teacher, collate_fn):
 
     # look up the teacher's outputs for every row, by key
     temperature = 1 if METHOD in METHOD_TERMS else TEMPERATURE
-    soft_labels = F.softmax(outputs["logits"] / temperature, -1)
+    soft_labels = F.softmax(outputs["logits"].double() / temperature, -1).float()
     order = torch.argsort(outputs["key"])
     sorted_keys = outputs["key"][order]
 
@@ -448,68 +466,62 @@ def record_epoch(trainer, epoch_record):
 # ── Report ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluate(trainer, data):
-    """Return the metrics of both models: {"teacher": {split: metrics}, "student": …}.
+def predict(trainer, rows):
+    """Return what both models answer to `rows`, a dict of tensors with one value per text.
 
-    The student runs once over each split. The teacher does not: its outputs are in the data.
+    labels; logits and teacher_logits, (texts, classes); seconds and teacher_seconds, each text's
+    share of the time for its batch. The student runs once over the rows. The teacher does not: its
+    outputs are in the data.
     """
-    metrics = {"teacher": {}, "student": {}}
-    next(timed_logits(trainer.model, trainer.get_test_dataloader(data["test"])))  # warm-up
-    for split, rows in data.items():
-        labels, logits, teacher_logits, seconds = [], [], [], 0.0
-        loader = trainer.get_test_dataloader(rows)
-        for batch, batch_logits, batch_seconds in timed_logits(trainer.model, loader):
-            labels.append(batch["labels"])
-            logits.append(batch_logits)
-            teacher_logits.append(batch["teacher_logits"])
-            seconds += batch_seconds
-        labels, logits, teacher_logits = map(torch.cat, (labels, logits, teacher_logits))
-        teacher_seconds = column_array(rows, "teacher_seconds").sum().item()
-
-        metrics["teacher"][split] = compute_metrics(
-            teacher_logits, labels, teacher_logits, teacher_seconds
-        )
-        metrics["student"][split] = compute_metrics(logits, labels, teacher_logits, seconds)
-    return metrics
-
-
-def compute_metrics(logits, labels, teacher_logits, seconds):
-    """Return the metrics of one model on one split, a dict. Add new metrics here.
-
-    All are written to report.json; `format_report` makes the printed table.
-    logits, teacher_logits: (texts, classes); labels: (texts,); seconds: inference time.
-    """
-    predicted = logits.argmax(-1)
-    confusion = confusion_matrix(labels, predicted, logits.shape[1])
-    n_correct = confusion.diagonal()
-    n_labels, n_predictions = confusion.sum(1), confusion.sum(0)  # per class
-    occurs = n_labels + n_predictions > 0
-    f1 = 2 * n_correct[occurs] / (n_labels + n_predictions)[occurs]
-    agreement = (predicted == teacher_logits.argmax(-1)).double().mean()
-    log_probs, teacher_log_probs = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    kl = F.kl_div(log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    teacher_logits = torch.tensor(column_array(rows, "teacher_logits"), dtype=torch.float32)
+    logits = torch.empty_like(teacher_logits)
+    seconds = torch.empty(len(rows))
+    loader = trainer.get_test_dataloader(rows)
+    next(timed_logits(trainer.model, loader))  # warm-up
+    timed_batches = timed_logits(trainer.model, loader)
+    for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
+        _, logits[row_numbers], batch_seconds = timed_batch
+        seconds[row_numbers] = batch_seconds / len(row_numbers)
     return {
-        "examples": len(labels),
-        "accuracy": n_correct.sum().item() / len(labels),
-        "macro_f1": f1.mean().item(),
-        "agreement": agreement.item(),  # share of texts on which it predicts what the teacher does
-        "kl": kl.item(),  # KL(teacher || model) at T = 1
+        "labels": torch.tensor(column_array(rows, "labels")),
+        "logits": logits,
+        "teacher_logits": teacher_logits,
         "seconds": seconds,
-        "texts_per_second": ratio(len(labels), seconds),
+        "teacher_seconds": torch.tensor(column_array(rows, "teacher_seconds")),
     }
 
 
-def save_results(trainer, tokenizer, history, metrics, run_info):
-    """Write OUTPUT, all of it or nothing, and return the report, a dict; run_info: see `run`."""
+def evaluate(predictions):
+    """Return {"teacher": {split: metrics}, "student": {split: metrics}}.
+
+    The metrics: accuracy, macro_f1, agreement (share of texts on which a model predicts what the
+    teacher does), kl (KL(teacher || model) at T = 1), seconds and texts_per_second.
+    """
+    metrics = {"teacher": {}, "student": {}}
+    for split, outputs in predictions.items():
+        labels, teacher_logits = outputs["labels"], outputs["teacher_logits"]
+        metrics["teacher"][split] = compute_metrics(
+            teacher_logits, labels, teacher_logits, outputs["teacher_seconds"]
+        )
+        metrics["student"][split] = compute_metrics(
+            outputs["logits"], labels, teacher_logits, outputs["seconds"]
+        )
+    return metrics
+
+
+def save_results(trainer, tokenizer, history, results, run_info):
+    """Write OUTPUT, all of it or nothing, and return the report; results, run_info: see `run`."""
     best_epoch = min(history, key=lambda epoch_record: epoch_record["val_loss"])
-    report = make_report(trainer.model, history, best_epoch, metrics, run_info)
+    report = make_report(trainer.model, history, best_epoch, results, run_info)
 
     def write_files(folder):  # next to the model and the tokenizer
         report["student"]["bytes"] = weight_bytes(folder)
         report["files"] = sorted({*os.listdir(folder), *REPORT_FILES})
         write_model_card(report, run_info["teacher"]["name"], folder)
         write_history(history, folder)
+        write_predictions(results["predictions"], folder)
         plot_losses(history, best_epoch, folder)
+        plot_cascade(report, folder)
         write_report(report, folder)
 
     save_folder(OUTPUT, trainer.model, tokenizer, write_files)
@@ -522,7 +534,14 @@ def save_results(trainer, tokenizer, history, metrics, run_info):
 # ── Report files: console, table, plot, model card ────────────────────────────────────────────────
 
 # the files that distill.py adds to a saved model and its tokenizer
-REPORT_FILES = "README.md", "history.csv", "loss.png", "report.json"
+REPORT_FILES = (
+    "README.md",
+    "cascade.png",
+    "history.csv",
+    "loss.png",
+    "predictions.csv",
+    "report.json",
+)
 
 MODEL_CARD = """---
 language: ja
@@ -592,7 +611,7 @@ def log_student(student, teacher):
 def log_end(stage_seconds):
     stages = [f"{stage} {seconds:.1f}" for stage, seconds in stage_seconds.items()]
     log("seconds", ", ".join(stages))
-    log("saved", f"{OUTPUT}: the student, loss.png, history.csv, report.json")
+    log("saved", f"{OUTPUT}: the student and {', '.join(REPORT_FILES)}")
 
 
 def print_epoch(epoch_record, is_best):
@@ -603,21 +622,23 @@ def print_epoch(epoch_record, is_best):
     print(columns.format(**epoch_record), "best" if is_best else "", flush=True)
 
 
-def make_report(student, history, best_epoch, metrics, run_info):
+def make_report(student, history, best_epoch, results, run_info):
     """Return the report without what is known only once the student is saved."""
     teacher_info = run_info["teacher"]
-    teacher_test = metrics["teacher"]["test"]
-    student_test = metrics["student"]["test"]
-    return {
+    splits = results["splits"]
+    teacher_test, student_test = splits["teacher"]["test"], splits["student"]["test"]
+    report = {
         "teacher": {
             "parameters": teacher_info["parameters"],
             "bytes": teacher_info["bytes"],
-            "splits": metrics["teacher"],
+            "splits": splits["teacher"],
+            **results["labels"]["teacher"],
         },
         "student": {
             "parameters": student.num_parameters(),
             "bytes": None,  # known once it is saved
-            "splits": metrics["student"],
+            "splits": splits["student"],
+            **results["labels"]["student"],
         },
         "kept": ratio(student_test["accuracy"], teacher_test["accuracy"]),
         "speedup": ratio(teacher_test["seconds"], student_test["seconds"]),
@@ -632,18 +653,106 @@ def make_report(student, history, best_epoch, metrics, run_info):
             "datasets": datasets.__version__,
         },
         "hardware": hardware(),
+        "cascade": results["cascade"],
+    }
+    if BASELINE:
+        report["baseline"] = results["baseline"]
+    return report
+
+
+def compute_metrics(logits, labels, teacher_logits, seconds):
+    """Return the metrics of one model on one split, a dict (see `evaluate`). Add new ones here.
+
+    All are written to report.json; `format_report` makes the printed table.
+    logits, teacher_logits: (texts, classes); labels and seconds, the time for each: (texts,).
+    """
+    predicted = logits.argmax(-1)
+    n_correct, n_texts, n_predicted = count_labels(labels, predicted, logits.shape[1])
+    occurs = n_texts + n_predicted > 0
+    f1 = 2 * n_correct[occurs] / (n_texts + n_predicted)[occurs]
+    agreement = (predicted == teacher_logits.argmax(-1)).double().mean()
+    log_probs, teacher_log_probs = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    kl = F.kl_div(log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    seconds = seconds.sum(dtype=torch.float64).item() or None  # 0: the teacher ran elsewhere
+    return {
+        "examples": len(labels),
+        "accuracy": n_correct.sum().item() / len(labels),
+        "macro_f1": f1.mean().item(),
+        "agreement": agreement.item(),
+        "kl": kl.item(),
+        "seconds": seconds,
+        "texts_per_second": ratio(len(labels), seconds),
     }
 
 
+def count_labels(labels, predicted, n_classes):
+    """Return (texts predicted correctly, texts, predictions) of each class, float64 tensors."""
+    parts = labels[labels == predicted], labels, predicted
+    return [torch.bincount(part, minlength=n_classes).double() for part in parts]
+
+
 def ratio(numerator, denominator):
-    """Return the quotient, or None where there is none."""
-    return numerator / denominator if denominator else None
+    """Return the quotient, or None where there is none: one of the two is unknown, or by zero."""
+    return numerator / denominator if numerator is not None and denominator else None
 
 
 def confusion_matrix(labels, predicted, n_classes):
     """Return (n_classes, n_classes) counts: row = label, column = prediction, as float64."""
     cells = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2)
     return cells.view(n_classes, n_classes).double()
+
+
+def evaluate_labels(outputs, names):
+    """Return what both models do with each label: {role: {"labels": …, "confusion": …}}.
+
+    outputs: what `predict` returns. names: the label names, by output.
+    labels: {name: {precision, recall, f1, support}}; precision and recall are None where no text
+    has the label, or was given it. confusion: {name: {predicted name: number of texts}}, without
+    zeros.
+    """
+    results = {}
+    for role, key in ("teacher", "teacher_logits"), ("student", "logits"):
+        predicted = outputs[key].argmax(-1)
+        counts = count_labels(outputs["labels"], predicted, len(names))
+        labels = {}
+        for name, n_correct, n_texts, n_predicted in zip(names, *counts, strict=True):
+            labels[name] = {
+                "precision": ratio(n_correct.item(), n_predicted.item()),
+                "recall": ratio(n_correct.item(), n_texts.item()),
+                "f1": ratio(2 * n_correct.item(), (n_texts + n_predicted).item()),
+                "support": int(n_texts),
+            }
+        confusion = defaultdict(dict)
+        pairs = Counter(zip(outputs["labels"].tolist(), predicted.tolist(), strict=True))
+        for (label, answer), n_texts in sorted(pairs.items()):
+            confusion[names[label]][names[answer]] = n_texts
+        results[role] = {"labels": labels, "confusion": dict(confusion)}
+    return results
+
+
+def prediction_rows(texts, outputs, names):
+    """Yield the lines of predictions.csv, of which the first is the header.
+
+    texts: rows with the texts. outputs: what `predict` returns for them. names: by output.
+    """
+    header = ["text"]
+    if TEXT_PAIR_COLUMN:
+        header.append("text_pair")
+    yield [*header, "label", "teacher", "teacher_probability", "student", "student_probability"]
+
+    answers = []  # label and probability, of the teacher, then of the student
+    for key in "teacher_logits", "logits":
+        probabilities, predicted = outputs[key].softmax(-1).max(-1)
+        answers += [[names[number] for number in predicted.tolist()]]
+        answers += [[f"{probability:.4f}" for probability in probabilities.tolist()]]
+    labels = [names[number] for number in outputs["labels"].tolist()]
+    first_row = 0
+    for part in iter_batches(texts, *text_columns()):
+        part_texts = [part[column] for column in text_columns()]
+        last_row = first_row + len(part_texts[0])
+        rest = [column[first_row:last_row] for column in (labels, *answers)]
+        yield from zip(*part_texts, *rest, strict=True)
+        first_row = last_row
 
 
 def hardware():
@@ -672,24 +781,49 @@ def format_report(report):
     ]
     for role in "teacher", "student":
         for split, metrics in report[role]["splits"].items():
-            lines.append(
+            line = (
                 f"{role:<8} {split:<6}{metrics['accuracy']:>9.4f}{metrics['macro_f1']:>10.4f}"
-                f"{metrics['agreement']:>11.4f}{metrics['seconds']:>9.2f}"
-                f"{metrics['texts_per_second'] or math.nan:>9,.0f}"
+                f"{metrics['agreement']:>11.4f}"
             )
+            if metrics["seconds"] is not None:
+                line += f"{metrics['seconds']:>9.2f}{metrics['texts_per_second']:>9,.0f}"
+            lines.append(line)
     sizes = []
     for role in "teacher", "student":
-        megabytes = report[role]["bytes"] / 1e6
-        sizes.append(f"{role} {report[role]['parameters']:,} parameters, {megabytes:.1f} MB")
+        if report[role]["parameters"] is not None:
+            megabytes = report[role]["bytes"] / 1e6
+            sizes.append(f"{role} {report[role]['parameters']:,} parameters, {megabytes:.1f} MB")
     lines.append("; ".join(sizes))
+    lines += format_labels(report["student"]["labels"])
 
+    lines.append("On test the student keeps")
     if report["kept"] is None:
-        kept = "the teacher is right on no text, so there is nothing to keep; the student"
+        lines[-1] += " nothing, for the teacher is right on no text"
     else:
-        kept = f"the student keeps {report['kept']:.1%} of the teacher's accuracy and"
-    lines.append(f"On test {kept} is {report['speedup'] or math.nan:.1f} times as fast")
-    lines.append(f"(without tokenization; {report['hardware']}).")
+        lines[-1] += f" {report['kept']:.1%} of the teacher's accuracy"
+    if report["speedup"] is not None:
+        lines[-1] += f" and is {report['speedup']:.1f} times as fast"
+        lines.append(f"(without tokenization; {report['hardware']})")
+    lines[-1] += "."
+    if report["kept"] is not None:
+        lines += format_cascade(report["cascade"])
+    if "baseline" in report:
+        lines.append(format_baseline(report))
     return "\n".join(lines)
+
+
+def format_labels(labels):
+    """Return the lines of a table of labels; of many labels none."""
+    if len(labels) > 10:
+        return []
+    lines = ["student on test   precision   recall       F1   texts   label"]
+    for name, figures in labels.items():
+        cells = []
+        for figure, width in ("precision", 27), ("recall", 9), ("f1", 9):
+            value = figures[figure]
+            cells.append(f"{'–' if value is None else format(value, '.4f'):>{width}}")
+        lines.append(f"{''.join(cells)}{figures['support']:>8,}   {name}")
+    return lines
 
 
 def plot_losses(history, best_epoch, folder):
@@ -727,6 +861,12 @@ def write_history(history, folder):
     for epoch_record in history:
         lines.append(",".join(map(str, epoch_record.values())))
     (folder / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def write_predictions(rows, folder):
+    # with the BOM, by which Excel recognises UTF-8
+    with open(folder / "predictions.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows(rows)
 
 
 def write_model_card(report, teacher_name, folder):
@@ -780,10 +920,16 @@ def classifier_class(config):
 
 
 def load_teacher_config(teacher_name, teacher_recipe):
-    """Return the teacher's configuration or, if it is still to be made, that of its base model."""
+    """Return (config, label2id) of the teacher.
+
+    If it is still to be made, or there is none: the config of the model to start from, and None.
+    """
     if teacher_recipe:
-        return load_config(teacher_recipe["base"], "TEACHER_BASE")
-    return load_config(teacher_name)
+        return load_config(teacher_recipe["base"], "TEACHER_BASE"), None
+    if teacher_name is None:
+        return load_config(STUDENT_INIT, "STUDENT_INIT"), None
+    config = load_config(teacher_name)
+    return config, config.label2id
 
 
 def load_config(name, setting="TEACHER"):
@@ -895,6 +1041,11 @@ def checked_label_names(config, where):
             f"{label2id_entries}. Correct the one that is wrong; id2label is what pipelines print."
         )
     return names
+
+
+def set_labels(config, label2id):
+    config.label2id = label2id
+    config.id2label = {number: label for label, number in label2id.items()}
 
 
 def takes_token_types(config):
@@ -1017,12 +1168,31 @@ def preflight_checks(config, tokenizer):
         source_config = load_student_init(config).config
     if STUDENT == "bert" and STUDENT_INIT != "random":
         layers_to_copy(source_config)
-    if "KL′" in METHOD_TERMS.get(METHOD, ()) and GENERATOR is not None:
+    rewrites = "KL′" in METHOD_TERMS.get(METHOD, ())
+    if (rewrites or AUGMENT) and tokenizer.mask_token_id is None:
+        raise Problem(
+            f"METHOD = {METHOD!r}, AUGMENT = {AUGMENT}: the teacher's tokenizer has no mask token, "
+            'which AUGMENT and "mate", "cilda" and "cilda+minild" need.'
+        )
+    if rewrites and GENERATOR is not None:
         load_generator(tokenizer)
 
 
-def load_teacher(name):
-    """Return the frozen teacher and what the report says of it: {name, parameters, bytes}."""
+def load_teacher(name, config, label2id):
+    """Return the frozen teacher and what the report says of it: {name, parameters, bytes}.
+
+    With SOFT_LABELS_COLUMN the model only gives the student its start: it is TEACHER or, where
+    there is none (name is None), STUDENT_INIT, whose config is given. Of the teacher that ran
+    elsewhere nothing is known.
+    """
+    if SOFT_LABELS_COLUMN:
+        if name is None:
+            set_labels(config, label2id)
+            model = load_student_init(config)
+        else:
+            model = load_model(name)
+        name = f"the probabilities in the column {SOFT_LABELS_COLUMN}"
+        return model, {"name": name, "parameters": None, "bytes": None}
     teacher = load_model(name)
     n_parameters = teacher.num_parameters()
     with as_problem(
@@ -1194,10 +1364,12 @@ def check_columns(split, rows):
     """Raise Problem if a split has no rows, or lacks a column of texts and labels."""
     if len(rows) == 0:
         raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
-    columns = [*text_columns(), LABEL_COLUMN]
+    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
     refuse_missing_columns(f"DATA = {DATA!r}: {split}", columns, rows.column_names)
     for name in columns:
         kind = rows.features[name]
+        if name == SOFT_LABELS_COLUMN:
+            kind = getattr(kind, "feature", kind)  # of the members of a list
         # pictures and sounds may be paths, which datasets would open
         if not isinstance(kind, datasets.Value | datasets.ClassLabel):
             raise Problem(
@@ -1254,7 +1426,7 @@ def read_splits(known_labels):
     path = Path(DATA)
     if DATA == "tests/sample" and not path.exists():  # started from another folder
         path = Path(__file__).resolve().parent / DATA
-    columns = [*text_columns(), LABEL_COLUMN]
+    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
 
     # one file
     if path.is_file():
@@ -1609,6 +1781,8 @@ def json_rows(path, encoding, columns, known_labels):
 def json_text(where, row, name):
     """Return a field of a JSON object: a text, or a label as text; None if it is neither."""
     value = row.get(name)
+    if name == SOFT_LABELS_COLUMN and isinstance(value, list):
+        return json.dumps(value)
     if isinstance(value, dict | list):
         raise Problem(
             f"{where}: many values in {name}, where one is accepted. Write an object for each row; "
@@ -1663,10 +1837,16 @@ ROW_READERS = {
 def validate_rows(rows, split, output_by_label, names):
     """Return the texts of a split with `labels`, the numbers of the teacher's outputs.
 
-    Raise Problem, with the numbers of the faulty rows, if a text or a label is missing or unknown.
+    With SOFT_LABELS_COLUMN also `teacher_probabilities`. Raise Problem, with the numbers of the
+    faulty rows, if a text, a label or a soft label is missing or unknown.
     """
     labels = []
     faults = {f"{name} empty or not a text": [] for name in text_columns()}
+    valid_columns = text_columns()
+    if SOFT_LABELS_COLUMN:
+        rows, soft_label_faults = parse_soft_labels(rows, len(names))
+        faults |= soft_label_faults
+        valid_columns.append("teacher_probabilities")
     for part in iter_batches(rows, *text_columns(), LABEL_COLUMN):
         first_row = len(labels) + 1
         for name in text_columns():
@@ -1685,12 +1865,18 @@ def validate_rows(rows, split, output_by_label, names):
                 output = NO_LABEL
             labels.append(output)
 
+    refuse_faulty_rows(f"DATA = {DATA!r}", split, faults)
+    return rows.select_columns(valid_columns).add_column("labels", np.array(labels))
+
+
+def refuse_faulty_rows(where, part, faults):
+    """Raise Problem if there are faults: {fault: numbers of the rows that have it}."""
     lines = []
     for fault, row_numbers in faults.items():
         if row_numbers:
             more = ", …" if len(row_numbers) > 5 else ""
             first_rows = ", ".join(map(str, row_numbers[:5])) + more
-            lines.append(f"{split}: {fault} in {len(row_numbers)} rows: {first_rows}")
+            lines.append(f"{part}: {fault} in {len(row_numbers)} rows: {first_rows}")
     if lines:
         hint = (
             "correct or remove these rows, counted from 1; labels are the teacher's names or "
@@ -1698,8 +1884,7 @@ def validate_rows(rows, split, output_by_label, names):
         )
         if DATA == "tests/sample":
             hint = "DATA is still the sample; set it to your teacher's data."
-        raise Problem("\n  ".join([f"DATA = {DATA!r}: {hint}", *lines[:9]]))
-    return rows.select_columns(text_columns()).add_column("labels", np.array(labels))
+        raise Problem("\n  ".join([f"{where}: {hint}", *lines[:9]]))
 
 
 def is_text(value):
@@ -2291,7 +2476,15 @@ def warn_if_timed_on_other_hardware(outputs, path):
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
 # settings that do not decide what training gives
-NOT_IN_RUN_ID = "OUTPUT", "CACHE", "REPORT_TO", "EXPORT"
+NOT_IN_RUN_ID = (
+    "OUTPUT",
+    "CACHE",
+    "REPORT_TO",
+    "EXPORT",
+    "BASELINE",
+    "CASCADE_KEEPS",
+    "ASK_TEACHER",
+)
 
 
 def make_trainer(
@@ -2343,8 +2536,9 @@ def training_run_id(trainer, run_id_parts):
     """
     constants = {}
     for name, value in globals().items():
-        is_plain = isinstance(value, str | int | float | tuple | None)
-        if name.isupper() and is_plain and name not in NOT_IN_RUN_ID:
+        is_plain = name.isupper() and isinstance(value, str | int | float | tuple | None)
+        counts = is_plain or name in ACCEPTED or name in ("METHOD_TERMS", "GENERATOR_WEIGHTS")
+        if counts and name not in NOT_IN_RUN_ID:
             constants[name] = value
     run_id = digest(
         constants,
@@ -2834,7 +3028,10 @@ def find_teacher():
     """Return (name, teacher_recipe): the teacher's folder or hub name, and how it is to be made.
 
     teacher_recipe: a dict of base, epochs, learning_rate, patience; None if the teacher is there.
+    name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
+    if starts_without_teacher():
+        return None, None
     if os.path.exists(TEACHER):
         if TEACHER_BASE is not None:
             log(
@@ -2854,11 +3051,22 @@ def find_teacher():
             "patience": PATIENCE,
         }
 
-    is_untouched = (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample")
-    if is_untouched and "TEACHER" not in COMMAND_LINE_SETTINGS:  # nobody has named a teacher
+    if stands_in_for_teacher():
         return find_sample_teacher()
     warn_if_sample_data()
     return TEACHER, None  # a hub name, or missing: `load_config` will tell
+
+
+def stands_in_for_teacher():
+    """Whether the sample teacher stands in: nobody has named a teacher, and DATA is the sample."""
+    is_untouched = (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample")
+    is_named = "TEACHER" in COMMAND_LINE_SETTINGS
+    return is_untouched and not is_named and not os.path.exists(TEACHER)
+
+
+def sample_teacher_folder():
+    """Return the folder of the sample teacher: in CACHE, so that nobody takes it for their own."""
+    return os.path.join(CACHE, "sample_teacher")
 
 
 def warn_if_sample_data():
@@ -2867,8 +3075,8 @@ def warn_if_sample_data():
 
 
 def find_sample_teacher():
-    """`find_teacher` for the sample. Its folder is in CACHE: nobody must take it for their own."""
-    name = os.path.join(CACHE, "sample_teacher")
+    """`find_teacher` for the sample."""
+    name = sample_teacher_folder()
     is_made = load_with_checksum(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
     state = "(made before)" if is_made else "and is trained first (about a minute)"
     separator = " " if is_made else ", "
@@ -2885,8 +3093,7 @@ def find_sample_teacher():
 
 def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collate_fn):
     """Fine-tune a base model on the hard labels, with the epoch loop of the student; save it."""
-    config.label2id = label2id
-    config.id2label = {number: label for label, number in label2id.items()}
+    set_labels(config, label2id)
     transformers.set_seed(SEED)
     is_sample = DATA == "tests/sample" and TEACHER_BASE is None
     if is_sample:  # its base is a configuration without weights
@@ -2914,6 +3121,84 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
     on_main_process(save)
 
 
+# ── Option: a teacher that ran elsewhere ──────────────────────────────────────────────────────────
+
+SOFT_LABELS_COLUMN = None  # column with the teacher's probabilities, a list; TEACHER is not run
+
+
+def starts_without_teacher():
+    """Whether the student starts from STUDENT_INIT because there is no TEACHER at all."""
+    is_named = TEACHER != SAMPLE_TEACHER or "TEACHER" in COMMAND_LINE_SETTINGS
+    has_start = STUDENT_INIT not in ("teacher", "random")
+    no_teacher = not is_named and not os.path.exists(TEACHER)
+    return SOFT_LABELS_COLUMN is not None and has_start and no_teacher
+
+
+def soft_label_columns():
+    return [SOFT_LABELS_COLUMN] if SOFT_LABELS_COLUMN else []
+
+
+def parse_soft_labels(rows, n_classes):
+    """Replace SOFT_LABELS_COLUMN by "teacher_probabilities", lists of n_classes numbers.
+
+    Return (rows, {fault: numbers of the rows that have it, from 1}).
+    """
+    faults = defaultdict(list)
+
+    def parse(batch, row_numbers):
+        parsed = []
+        values = batch[SOFT_LABELS_COLUMN]
+        for row_number, value in zip(row_numbers, values, strict=True):
+            probabilities, fault = parse_probabilities(value, n_classes)
+            if fault:
+                faults[f"{SOFT_LABELS_COLUMN} {fault}"].append(row_number + 1)
+            parsed.append(probabilities)
+        return {"teacher_probabilities": parsed}
+
+    return map_to_cache(rows, parse, with_indices=True), faults
+
+
+def parse_probabilities(value, n_classes):
+    """Return (probabilities, fault), of which one is None.
+
+    value: a list of numbers, or the text of one, with commas or, as numpy writes it, without.
+    """
+    numbers = value
+    if isinstance(value, str):
+        numbers = re.sub("[][(),]", " ", value).split()
+    try:
+        probabilities = [float(number) for number in numbers]
+    except (TypeError, ValueError):
+        probabilities = []
+    if len(probabilities) != n_classes:
+        return None, f"is not a list of {n_classes} numbers, one for each label,"
+    if not all(0 <= probability <= 1.001 for probability in probabilities):  # NaN is not
+        return None, "has numbers that are no probabilities, from 0 to 1,"
+    if abs(sum(probabilities) - 1) > 1e-3:
+        return None, "has probabilities that do not add up to 1"
+    return probabilities, None
+
+
+def add_given_soft_labels(data):
+    """`add_soft_labels` for the teacher's probabilities in the data.
+
+    Their logarithms are logits that give the same probabilities at every temperature. In 64 bits
+    this is exact enough for the same soft labels, to the bit, as from the teacher's own logits.
+    """
+
+    def new_columns(batch):
+        probabilities = torch.tensor(batch["teacher_probabilities"], dtype=torch.float64)
+        logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log()
+        return {
+            "teacher_logits": logits.float().numpy(),
+            "soft_labels": F.softmax(logits / TEMPERATURE, -1).float().numpy(),
+            "teacher_seconds": np.zeros(len(logits), np.float32),  # unknown
+        }
+
+    log("teacher", f"is not run: its probabilities are in the column {SOFT_LABELS_COLUMN}")
+    return {split: map_to_cache(rows, new_columns) for split, rows in data.items()}
+
+
 # ── Option: less or more text ─────────────────────────────────────────────────────────────────────
 
 TRAIN_FRACTION = 1.0  # share of the labelled training texts to use, each label in proportion
@@ -2928,7 +3213,10 @@ def load_extra_texts(train_rows, tokenizer):
     """Return {"unlabeled": …, "copies": …}, as far as the settings ask for them."""
     extra = {}
     if UNLABELED:
-        extra["unlabeled"] = read_unlabeled()
+        n_classes = None
+        if SOFT_LABELS_COLUMN:
+            n_classes = len(train_rows[0]["teacher_probabilities"])
+        extra["unlabeled"] = read_unlabeled(n_classes)
     if AUGMENT:
         copies = map_to_cache(
             train_rows,
@@ -2941,8 +3229,11 @@ def load_extra_texts(train_rows, tokenizer):
     return extra
 
 
-def read_unlabeled():
-    """Return the texts of UNLABELED, with NO_LABEL as their label."""
+def read_unlabeled(n_classes=None):
+    """Return the texts of UNLABELED, with NO_LABEL as their label.
+
+    n_classes: the number of soft labels of each, with SOFT_LABELS_COLUMN.
+    """
     path = Path(UNLABELED)
     kinds = *LABELED_KINDS, ".txt"
     files = []
@@ -2961,14 +3252,24 @@ def read_unlabeled():
         report_unread_files(UNLABELED, path, files)
 
     parts = []
-    features = {column: datasets.Value("string") for column in text_columns()}
+    columns = [*text_columns(), *soft_label_columns()]
     for file in files:
-        part = read_file(file, text_columns())
-        refuse_missing_columns(file, text_columns(), part.column_names)
-        parts.append(part.select_columns(text_columns()).cast(datasets.Features(features)))
+        part = read_file(file, columns)
+        refuse_missing_columns(file, columns, part.column_names)
+        part = part.select_columns(columns)
+        if SOFT_LABELS_COLUMN:
+            part, faults = parse_soft_labels(part, n_classes)
+            refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", file.name, faults)
+            part = part.remove_columns(SOFT_LABELS_COLUMN)
+        for column in text_columns():
+            part = part.cast_column(column, datasets.Value("string"))
+        parts.append(part)
     rows = datasets.concatenate_datasets(parts)
 
-    valid = [number for number, row in enumerate(rows) if all(map(is_text, row.values()))]
+    valid = []
+    for part in iter_batches(rows, *text_columns()):
+        valid += [all(map(is_text, texts)) for texts in zip(*part.values(), strict=True)]
+    valid = [number for number, is_valid in enumerate(valid) if is_valid]
     if not valid:
         raise Problem(
             f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None."
@@ -3145,8 +3446,9 @@ def use_student_ids(data):
         for name in rows.column_names:
             if name.startswith("student_"):
                 new_names[name] = name.removeprefix("student_")
-        replaced = [name for name in new_names.values() if name in rows.column_names]
-        new_data[split] = rows.remove_columns(replaced).rename_columns(new_names)
+        # token types go with the teacher's ids, even if the student's tokenizer makes none
+        replaced = {*new_names.values(), "token_type_ids"} & {*rows.column_names}
+        new_data[split] = rows.remove_columns([*replaced]).rename_columns(new_names)
     return new_data
 
 
@@ -3563,8 +3865,6 @@ class MateTrainer(MethodTrainer):
 
     def set_up_method(self, teacher, tokenizer):
         super().set_up_method(teacher, tokenizer)
-        if self.mask_token_id is None:
-            raise Problem(f"METHOD = {METHOD!r}: the teacher's tokenizer has no mask token.")
         self.n_tokens = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
         if GENERATOR is None:
             self.generator = make_generator(self)
@@ -3821,6 +4121,206 @@ def load_generator(teacher_tokenizer=None):
     return model.eval(), tokenizer
 
 
+# ── Option: what distillation was worth ───────────────────────────────────────────────────────────
+
+BASELINE = False  # True: also train the same student on the hard labels alone, and compare
+
+
+def train_baseline(student, data, collate_fn):
+    """Train the student on the hard labels alone; return its metrics, a dict (None if rank > 0).
+
+    student: as it was before its distillation. It becomes what METHOD "none" gives.
+    """
+    log("baseline", "the same student, from the same start, is trained on the hard labels alone")
+    trainer = make_trainer(student, data, collate_fn, HardLabelTrainer)
+    history = train(trainer, Path(CACHE, "baseline_checkpoint.pt"))
+    if rank() != 0:
+        return None
+    predictions = {split: predict(trainer, data[split]) for split in ("val", "test")}
+    best_epoch = min(history, key=lambda epoch_record: epoch_record["val_loss"])
+    return {
+        "splits": evaluate(predictions)["student"],
+        "epochs": len(history),
+        "best_epoch": best_epoch["epoch"],
+    }
+
+
+def format_baseline(report):
+    baseline = report["baseline"]["splits"]["test"]
+    gain = report["student"]["splits"]["test"]["accuracy"] - baseline["accuracy"]
+    return (
+        f"Hard labels alone: accuracy {baseline['accuracy']:.4f}, agreement "
+        f"{baseline['agreement']:.4f}; distillation is worth {100 * gain:+.1f} points of accuracy."
+    )
+
+
+# ── Option: a cascade, in which the teacher answers where the student is unsure ───────────────────
+
+CASCADE_KEEPS = 0.99  # share of the teacher's accuracy on val that the two together must keep
+ASK_TEACHER = None  # in --predict: ask TEACHER if the student's probability is at most this, "auto"
+
+
+def evaluate_cascade(val, test):
+    """Return how good and how fast student and teacher are together, a dict.
+
+    The student answers every text. Where its probability is at most a threshold, the teacher
+    answers instead. The threshold is chosen on val: the lowest that keeps CASCADE_KEEPS of the
+    teacher's accuracy; 0 if the student keeps it alone.
+
+    val, test: what `predict` returns. The dict: threshold; on test, share (of the texts that the
+    teacher is asked), accuracy, agreement and speedup (over the teacher alone); and curve, lists of
+    share, accuracy and speedup at every hundredth of the share. A speedup that is unknown is None.
+    """
+    threshold = choose_threshold(val)
+    curve = cascade_curve(test)
+    n_texts = len(test["labels"])
+    n_asked = int((curve["probability"] <= threshold).sum())
+    points = np.unique(np.linspace(0, n_texts, min(n_texts, 100) + 1).round().astype(int))
+    return {
+        "threshold": threshold,
+        "share": n_asked / n_texts,
+        "accuracy": curve["accuracy"][n_asked],
+        "agreement": curve["agreement"][n_asked],
+        "speedup": curve["speedup"][n_asked],
+        "curve": {
+            "share": (points / n_texts).tolist(),
+            "accuracy": [curve["accuracy"][point] for point in points],
+            "speedup": [curve["speedup"][point] for point in points],
+        },
+    }
+
+
+def cascade_curve(outputs):
+    """Return lists of accuracy, agreement and speedup if the teacher is asked 0, 1, … all texts.
+
+    Those of which the student is least sure come first. probability: the student's, in this order.
+    outputs: what `predict` returns.
+    """
+    probability, predicted = outputs["logits"].softmax(-1).max(-1)
+    probability, order = probability.sort(stable=True)
+    labels, predicted = outputs["labels"][order], predicted[order]
+    teacher_predicted = outputs["teacher_logits"].argmax(-1)[order]
+    teacher_seconds = outputs["teacher_seconds"][order].double()
+
+    def running_sum(values):  # of the first 0, 1, … all
+        return F.pad(values.double().cumsum(0), (1, 0))
+
+    is_correct, teacher_is_correct = predicted == labels, teacher_predicted == labels
+    n_correct = is_correct.sum() + running_sum(teacher_is_correct) - running_sum(is_correct)
+    agrees = predicted == teacher_predicted
+    n_agreeing = agrees.sum() + running_sum(~agrees)
+    seconds = outputs["seconds"].double().sum() + running_sum(teacher_seconds)
+    speedup = teacher_seconds.sum() / seconds
+    is_known = teacher_seconds.sum() > 0  # it is not if the teacher ran elsewhere
+    return {
+        "probability": probability,
+        "accuracy": (n_correct / len(labels)).tolist(),
+        "agreement": (n_agreeing / len(labels)).tolist(),
+        "speedup": speedup.tolist() if is_known else [None] * len(speedup),
+    }
+
+
+def choose_threshold(val):
+    """Return the lowest threshold that keeps CASCADE_KEEPS of the teacher's accuracy on val."""
+    curve = cascade_curve(val)
+    target = CASCADE_KEEPS * curve["accuracy"][-1] - 1e-9  # all asked: the teacher's accuracy
+    thresholds = [0.0, *curve["probability"].tolist()]
+    for n_asked, accuracy in enumerate(curve["accuracy"]):
+        # texts of the same probability are asked together
+        is_last_of_equals = thresholds[n_asked] not in thresholds[n_asked + 1 : n_asked + 2]
+        if accuracy >= target and is_last_of_equals:
+            return thresholds[n_asked]
+    raise AssertionError("the last threshold asks all texts and keeps all of the accuracy")
+
+
+def format_cascade(cascade):
+    """Return the lines of the report about the cascade."""
+    keeps = f"{100 * CASCADE_KEEPS:.4g}% of the teacher's accuracy on val"
+    if cascade["threshold"] == 0:
+        return [f"Cascade: the student alone keeps {keeps}; the teacher need not be asked."]
+    line = (
+        f"accuracy {cascade['accuracy']:.4f}, agreement {cascade['agreement']:.4f}, keeps {keeps}"
+    )
+    if cascade["speedup"] is not None:
+        line += f", {cascade['speedup']:.1f} times as fast"
+    return [
+        f"Cascade: asking the teacher where the student is at most {cascade['threshold']:.1%} sure "
+        f"({cascade['share']:.1%} of test):",
+        line + ".",
+    ]
+
+
+def plot_cascade(report, folder):
+    """Draw accuracy and speed against the share of texts that the teacher is asked."""
+    cascade = report["cascade"]
+    curve = cascade["curve"]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    shares = [100 * share for share in curve["share"]]
+
+    # line styles and colours (Okabe and Ito) that colour-blind readers can tell apart
+    axes.plot(shares, curve["accuracy"], "-", color="#0072B2", label="accuracy of the two together")
+    for role, style in ("teacher", ":"), ("student", "--"):
+        accuracy = report[role]["splits"]["test"]["accuracy"]
+        axes.axhline(accuracy, linestyle=style, color="black", label=f"{role} alone")
+    label = f"threshold {cascade['threshold']:.3f}, chosen on val"
+    point = 100 * cascade["share"], cascade["accuracy"]
+    axes.plot(*point, "*k", markersize=16, label=label)
+    axes.set(xlabel="texts of test that the teacher is asked, %", ylabel="accuracy on test")
+    axes.grid(alpha=0.3)
+
+    handles = axes.get_legend_handles_labels()[0]
+    if cascade["speedup"] is not None:
+        speed_axes = axes.twinx()
+        style = {"color": "#D55E00", "linestyle": "-.", "label": "speed (right)"}
+        handles += speed_axes.plot(shares, curve["speedup"], **style)
+        speed_axes.set(ylabel="speed, times the teacher's", yscale="log")
+        speed_axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+    figure.savefig(folder / "cascade.png", dpi=150)
+
+
+def load_asked_teacher(name, threshold, folder, model, tokenizer):
+    """Return (model, tokenizer, threshold) of the teacher in `name`, for `ask_teacher`.
+
+    threshold: from 0 to 1; None: the one in the report of `folder`. model, tokenizer: the
+    student's. Raise Problem if the teacher has other labels.
+    """
+    if threshold is None:
+        with as_problem(
+            f"{folder!r}: its report.json holds no threshold of a cascade", "Give one, from 0 to 1"
+        ):
+            report = json.loads(Path(folder, "report.json").read_text("utf-8"))
+            threshold = report["cascade"]["threshold"]
+    if not in_range(0, 1)(threshold):
+        raise Problem(f"threshold (ASK_TEACHER) = {threshold!r}: must be a number from 0 to 1.")
+    name = normalize_path(os.fspath(name))
+    config = load_config(name)
+    labels, teacher_labels = model.config.label2id, config.label2id
+    if labels.keys() != teacher_labels.keys():
+        raise Problem(
+            f"TEACHER = {name!r}: its labels ({short_list([*teacher_labels])}) are not those of "
+            f"the student ({short_list([*labels])}). Name the teacher of this student."
+        )
+    teacher_tokenizer = load_tokenizer(TOKENIZER or name, config)
+    teacher_tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(config))
+    return load_model(name, config=config), teacher_tokenizer, threshold
+
+
+def ask_teacher(answers, texts, model, tokenizer, threshold):
+    """Return the student's answers to texts; the teacher's, where the student is unsure.
+
+    Each answer says who gave it: "by": "student" or "teacher".
+    """
+    answers = [{**answer, "by": "student"} for answer in answers]
+    unsure = [number for number, answer in enumerate(answers) if answer["score"] <= threshold]
+    encoded = encode_texts(tokenizer, [texts[number] for number in unsure])
+    teacher_answers = label_scores(model, tokenizer, encoded)
+    for number, teacher_answer in zip(unsure, teacher_answers, strict=True):
+        answers[number] = {**teacher_answer, "by": "teacher"}
+    return answers
+
+
 # ── Option: the student as a graph for other programs ─────────────────────────────────────────────
 
 EXPORT_FILES = {  # EXPORT → the file that must give the student's logits
@@ -4001,18 +4501,27 @@ def quiet_libraries():
 # ── Option: from Python ───────────────────────────────────────────────────────────────────────────
 
 
-def load_student(folder):
-    """Return a function predict(texts) → [{"label": name, "score": probability}, …].
+def load_student(folder, teacher=None, threshold=None):
+    """Return a function from texts to answers: [{"label": name, "score": probability}, …].
 
     folder: OUTPUT of a run. texts: a list of texts, or of pairs if the student was trained on
     pairs; the answers are in their order. Raise Problem if there is no student, or a text is none.
+
+    teacher: the folder or hub name of the teacher, who then answers where the student's score is
+    at most `threshold`: from 0 to 1, or None for the one in report.json, which was chosen on val.
+    Each answer then says who gave it: "by": "student" or "teacher".
     """
     model, tokenizer = load_saved(folder)
+    asked_teacher = None
+    if teacher is not None:
+        asked_teacher = load_asked_teacher(teacher, threshold, folder, model, tokenizer)
 
-    def predict(texts):
-        return list(label_scores(model, tokenizer, encode_texts(tokenizer, texts)))
+    def classify(texts):
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        answers = list(label_scores(model, tokenizer, encode_texts(tokenizer, texts)))
+        return ask_teacher(answers, texts, *asked_teacher) if asked_teacher else answers
 
-    return predict
+    return classify
 
 
 def load_saved(folder):
@@ -4074,9 +4583,15 @@ def unknown_words(tokenizer, text):
 def show_predictions(texts):
     """Print a label and its probability for each text; without texts, for each line of stdin.
 
-    Unknown words are named on standard error, each once.
+    With ASK_TEACHER also who gave it. Unknown words are named on standard error, each once.
     """
     model, tokenizer = load_saved(OUTPUT)
+    asked_teacher = None
+    if ASK_TEACHER is not None:
+        name = sample_teacher_folder() if stands_in_for_teacher() else TEACHER
+        threshold = None if ASK_TEACHER == "auto" else ASK_TEACHER
+        with contextlib.redirect_stdout(sys.stderr):  # notes are not answers
+            asked_teacher = load_asked_teacher(name, threshold, OUTPUT, model, tokenizer)
     n_answered = 0
     named_words = set()
     for lines in [texts] if texts else stdin_lines():
@@ -4085,9 +4600,14 @@ def show_predictions(texts):
         rows = [line.split("\t") if TEXT_PAIR_COLUMN else line for line in valid_lines]
         encoded = encode_texts(tokenizer, rows)
         answers = label_scores(model, tokenizer, encoded)
+        if asked_teacher:
+            answers = ask_teacher(answers, rows, *asked_teacher)
         n_unknown = encoded.get("unknown", ())
         for line, answer, has_unknown in zip(valid_lines, answers, n_unknown, strict=True):
-            print(f"{answer['label']}\t{answer['score']:.4f}", flush=True)
+            columns = [answer["label"], f"{answer['score']:.4f}"]
+            if asked_teacher:
+                columns.append(answer["by"])
+            print(*columns, sep="\t", flush=True)
             if has_unknown and len(named_words) < 100:
                 text = line.replace("\t", " ") if TEXT_PAIR_COLUMN else line
                 new_words = set(unknown_words(tokenizer, text)) - named_words
@@ -4275,6 +4795,7 @@ def with_lengths(rows):
     """Return rows, a Dataset or a list of dicts, as a Dataset with the column length."""
     if isinstance(rows, list):
         rows = datasets.Dataset.from_list(rows)
+    rows = rows.with_format(None)
     if "length" in rows.column_names:
         return rows
     lengths = [1] * len(rows)
@@ -4335,7 +4856,7 @@ SETTING_RULES = [  # (settings, what they accept, in words; the test)
         is_name,
     ),
     (
-        "TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN UNLABELED GENERATOR",
+        "TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN SOFT_LABELS_COLUMN UNLABELED GENERATOR",
         "a text or None",
         optional(is_name),
     ),
@@ -4362,7 +4883,13 @@ SETTING_RULES = [  # (settings, what they accept, in words; the test)
     ("SEED", "a whole number from 0 to 2147483648", whole_number(0, 2**31)),
     ("DROPOUT", "a number from 0, below 1, or None", optional(in_range(0, 0.999))),
     ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", in_range(0, 1)),
-    ("TRAIN_FRACTION", "a number above 0, at most 1", in_range(POSITIVE, 1)),
+    ("TRAIN_FRACTION CASCADE_KEEPS", "a number above 0, at most 1", in_range(POSITIVE, 1)),
+    ("BASELINE", "True or False", in_range(False, True, kinds=(bool,))),
+    (
+        "ASK_TEACHER",
+        'None, "auto" or a number from 0 to 1',
+        lambda value: value in (None, "auto") or in_range(0, 1)(value),
+    ),
     ("METHOD", *one_of(*METHODS)),
     (
         "LOSS_WEIGHTS",
@@ -4433,13 +4960,13 @@ def documented_settings():
     section = group = ""
     for line in Path(__file__).read_text("utf-8").splitlines():
         heading = re.fullmatch(r"# ── (.+?) ─+", line)
-        setting = re.fullmatch(r"([A-Z_]+) = .+?  # (.+)", line)
+        setting = re.fullmatch(r"([A-Z_]+) = .+?(?:  # (.+))?", line)
         if heading:
             section = group = heading[1]
         elif section == "Settings" and line.startswith("# "):
             group = line[2:]
         elif setting and setting[1] in ACCEPTED:
-            yield group, setting[1], setting[2]
+            yield group, setting[1], setting[2] or ""
 
 
 def parse_value(name, given):
@@ -4494,11 +5021,12 @@ def check_settings():
 def column_faults():
     """Return the faults of the column names, a list."""
     faults = []
-    columns = [*text_columns(), LABEL_COLUMN]
+    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
     if len(set(columns)) < len(columns):
         faults.append(
             f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN "
-            f"= {LABEL_COLUMN!r}: must be different columns"
+            f"= {LABEL_COLUMN!r}, SOFT_LABELS_COLUMN = {SOFT_LABELS_COLUMN!r}: must be different "
+            "columns"
         )
     if "labels" in text_columns():
         faults.append(
@@ -4532,6 +5060,21 @@ def option_faults():
     if METHOD in METHOD_TERMS and world_size() > 1:
         faults.append(
             f'METHOD = {METHOD!r}: runs in one process; several accept "none", "kd" and "mse"'
+        )
+    if BASELINE and METHOD == "none":
+        faults.append(
+            f"BASELINE = {BASELINE!r}: METHOD = 'none' is the baseline itself; choose one of the "
+            "two"
+        )
+    if SOFT_LABELS_COLUMN and METHOD not in ("kd", "none"):
+        faults.append(
+            f"METHOD = {METHOD!r}: needs more of the teacher than the probabilities in "
+            'SOFT_LABELS_COLUMN; accepted is "kd"'
+        )
+    if SOFT_LABELS_COLUMN and (AUGMENT or TEACHER_BASE):
+        faults.append(
+            "AUGMENT, TEACHER_BASE: with SOFT_LABELS_COLUMN no teacher is run, who would label "
+            "the copies, or made"
         )
     if METHOD == "none" and (UNLABELED or AUGMENT):
         faults.append(
@@ -4641,7 +5184,7 @@ def output_faults():
             f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain "
             "them. Name another"
         ]
-    if not output.exists():
+    if not os.path.exists(output):  # output.exists() would raise PermissionError
         return []
     try:
         foreign = foreign_files(output)

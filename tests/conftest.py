@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # models as small as these only wait for a second thread
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -228,6 +229,33 @@ def interrupt_in(monkeypatch, epoch, error):
         return train_epoch(trainer, number)
 
     monkeypatch.setattr(distill, "train_epoch", broken)
+
+
+def answer_with(monkeypatch, answer):
+    """The teacher answers each text with the label answer(text, label)."""
+    known = {text: label for split in distill.SPLITS for text, label in rows(split, 48)}
+    add_soft_labels = distill.add_soft_labels
+
+    def add(data, *more):
+        def change(batch):
+            texts = [
+                "".join(tokens)
+                for tokens in map(tokenizer.convert_ids_to_tokens, batch["input_ids"])
+            ]
+            found = [
+                answer(known.get(text.removeprefix("[CLS]").removesuffix("[SEP]"), "negative"))
+                for text in texts
+            ]
+            soft_labels = [[0.9, 0.1] if label == "negative" else [0.1, 0.9] for label in found]
+            return {"soft_labels": soft_labels, "teacher_logits": np.log(soft_labels)}
+
+        return {
+            split: table.map(change, batched=True)
+            for split, table in add_soft_labels(data, *more).items()
+        }
+
+    tokenizer = distill.transformers.AutoTokenizer.from_pretrained("finetuned_bert_japanese")
+    monkeypatch.setattr(distill, "add_soft_labels", add)
 
 
 def training_step(trainer, batch):

@@ -29,6 +29,8 @@ def test_run_writes_every_file_the_readme_names(teacher, data, run):
         "report.json",
         "history.csv",
         "loss.png",
+        "predictions.csv",
+        "cascade.png",
     }
     assert sorted(os.listdir()) == [
         ".distill_cache",
@@ -51,10 +53,11 @@ def test_run_writes_every_file_the_readme_names(teacher, data, run):
         "versions",
         "hardware",
         "files",
+        "cascade",
     }
     assert result["files"] == sorted(file.name for file in Path("distilled_model").iterdir())
     for role in "teacher", "student":
-        assert set(result[role]) == {"parameters", "bytes", "splits"}
+        assert set(result[role]) == {"parameters", "bytes", "splits", "labels", "confusion"}
         assert {
             split: figures["examples"] for split, figures in result[role]["splits"].items()
         } == {"train": 48, "val": 16, "test": 16}

@@ -247,6 +247,14 @@ def test_distill_trains_own_models(splits, settings):
     assert isinstance(distill.distill(teacher, Bag(), unlabelled, [{"loss": "mse"}]), Bag)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_distill_takes_datasets_with_a_format(splits, settings, kind):
+    plain = {split: distill.datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    formatted = {split: rows.with_format(kind) for split, rows in plain.items()}
+    found = [distill.distill(tiny_model(), Bag(), data) for data in (plain, formatted)]
+    assert torch.equal(found[0].out.weight, found[1].out.weight)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_distill_loss_of_logits_labels_and_layers_by_hand(splits, settings, fast):
     """The loss of terms over logits, labels and layers is their weighted sum.

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LABELS, SAMPLE, VOCABULARY, history, report, rows, save_model, tiny_model
+from conftest import (
+    LABELS,
+    SAMPLE,
+    VOCABULARY,
+    history,
+    report,
+    rows,
+    save_model,
+    tiny_model,
+    write_csv,
+)
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -182,3 +192,17 @@ def test_student_init_accepts_pretrained_with_own_tokenizer(teacher, data, run, 
     assert np.mean(right) == pytest.approx(report()["student"]["splits"]["test"]["accuracy"])
     assert "the small has layers 0 to 1" in fails("--student-init", "small", "--num-layers", "3")
     assert "STUDENT_INIT = './nowhere': " in fails("--student-init", "./nowhere")
+
+
+def test_bilstm_run_with_pairs(teacher, run):
+    """The teacher's token types go with the teacher's token ids."""
+    Path("data").mkdir()
+    for split, n in ("train", 40), ("val", 16), ("test", 16):
+        table = [(text, label, text[:5] + "！") for text, label in rows(split, n)]
+        write_csv(f"data/{split}.csv", table, ("text", "label", "second"))
+    run("--student", "bilstm", "--text-pair-column", "second", "--epochs", "1")
+    pairs = [(text, text[:5] + "！") for text, _ in rows("test", 16)]
+    found = distill.load_student("distilled_model")(pairs)
+    labels = [label for _, label in rows("test", 16)]
+    n_right = sum(answer["label"] == label for answer, label in zip(found, labels))
+    assert n_right / 16 == report()["student"]["splits"]["test"]["accuracy"]

@@ -1,11 +1,15 @@
-"""Report: the metrics, report.json, and the lines of the console."""
+"""Report: the metrics, report.json, predictions.csv, and the lines of the console."""
 
+import csv
 import math
 import re
+from collections import Counter
+from pathlib import Path
 
+import pandas
 import pytest
 import torch
-from conftest import report, rows
+from conftest import report, rows, write_csv
 from transformers import BertForSequenceClassification, pipeline
 
 import distill
@@ -18,7 +22,10 @@ def test_compute_metrics_by_hand():
         return (torch.full((6, 3), 0.25) + torch.eye(3)[chosen] / 4).log() + 7
 
     figures = distill.compute_metrics(
-        half([0, 0, 1, 1, 0, 0]), torch.tensor([0, 0, 0, 1, 1, 2]), half([0, 1, 0, 1, 1, 2]), 2.0
+        half([0, 0, 1, 1, 0, 0]),
+        torch.tensor([0, 0, 0, 1, 1, 2]),
+        half([0, 1, 0, 1, 1, 2]),
+        torch.full([6], 1 / 3),
     )
     # F1: class 0 = 2·2 / (4 + 3); class 1 = 2·1 / (2 + 2);
     # class 2 = 0, for it stands in the labels but is never chosen
@@ -27,8 +34,8 @@ def test_compute_metrics_by_hand():
         "accuracy": 0.5,
         "macro_f1": pytest.approx((4 / 7 + 1 / 2 + 0) / 3),
         "agreement": 2 / 6,
-        "seconds": 2.0,
-        "texts_per_second": 3.0,
+        "seconds": pytest.approx(2.0),
+        "texts_per_second": pytest.approx(3.0),
         # where they differ, 1/2 ln (1/2 : 1/4) + 1/4 ln (1/4 : 1/2)
         "kl": pytest.approx(4 / 6 * 0.25 * math.log(2)),
     }
@@ -49,6 +56,93 @@ def test_evaluate_kl_is_of_plain_distributions(teacher, data, run):
     model.save_pretrained(teacher)
     run("--epochs", "1", "--method", "rail")
     assert math.isfinite(report()["student"]["splits"]["test"]["kl"])
+
+
+def test_evaluate_labels_by_hand():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])
+    predicted = torch.tensor([0, 0, 1, 1, 0, 0])
+    found = distill.evaluate_labels(
+        {
+            "labels": labels,
+            "logits": torch.eye(4)[predicted],
+            "teacher_logits": torch.eye(4)[labels],
+        },
+        ["a", "b", "c", "d"],
+    )
+    assert found["student"] == {
+        "labels": {
+            "a": {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3},
+            "b": {"precision": 1 / 2, "recall": 1 / 2, "f1": 2 / 4, "support": 2},
+            "c": {"precision": None, "recall": 0, "f1": 0, "support": 1},  # never predicted
+            "d": {"precision": None, "recall": None, "f1": None, "support": 0},
+        },
+        "confusion": {"a": {"a": 2, "b": 1}, "b": {"a": 1, "b": 1}, "c": {"a": 1}},
+    }
+    assert found["teacher"]["confusion"] == {"a": {"a": 3}, "b": {"b": 2}, "c": {"c": 1}}
+    lines = distill.format_labels(found["student"]["labels"])
+    assert lines[1].split() == ["0.5000", "0.6667", "0.5714", "3", "a"]
+    assert lines[3].split() == ["–", "0.0000", "0.0000", "1", "c"]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_format_labels_prints_few_labels_alone():
+    figures = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
+    assert len(distill.format_labels({str(number): figures for number in range(10)})) == 11
+    assert distill.format_labels({str(number): figures for number in range(11)}) == []
+
+
+def test_run_reports_the_labels_of_test(teacher, data, run):
+    printed = run("--epochs", "1")
+    for role in "teacher", "student":
+        found = report()[role]
+        n_right = sum(row.get(name, 0) for name, row in found["confusion"].items())
+        assert n_right / 16 == found["splits"]["test"]["accuracy"]
+        supports = {name: one["support"] for name, one in found["labels"].items()}
+        assert supports == Counter(label for _, label in rows("test", 16))
+    assert "student on test   precision   recall" in printed
+
+
+ODD = [
+    "=1+1",
+    'a "quoted" one, with a comma',
+    "two\nlines",
+    "改行と、読点。",
+    "[SEP]",
+    "'",
+    " 空白 ",
+]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_write_predictions_is_read_back(teacher, data, run, pairs):
+    names = ["text", "label", *(["second"] if pairs else [])]
+    table = [(text, label, f"{text}?")[: len(names)] for text, label in rows("test", 16)]
+    table += [(text, "positive", text)[: len(names)] for text in ODD]
+    for split in "train", "val":
+        table_of_split = [(*row, row[0])[: len(names)] for row in rows(split, 16)]
+        write_csv(data / f"{split}.csv", table_of_split, names)
+    write_csv(data / "test.csv", table, names)
+    run("--epochs", "1", *(["--text-pair-column", "second"] if pairs else []))
+    path = Path("distilled_model/predictions.csv")
+    assert path.read_bytes().startswith("\ufefftext,".encode())  # by which Excel knows UTF-8
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        found = list(csv.DictReader(file))
+    frame = pandas.read_csv(path, keep_default_na=False)
+    assert [*frame.columns] == [*found[0]]
+    assert frame.astype(str)["text"].tolist() == [row["text"] for row in found]
+
+    # the test split in its order
+    assert [(row["text"], row["label"]) for row in found] == [row[:2] for row in table]
+    if pairs:
+        assert [row["text_pair"] for row in found] == [row[2] for row in table]
+    for role in "teacher", "student":
+        n_right = (frame[role] == frame["label"]).sum()
+        assert n_right / len(table) == report()[role]["splits"]["test"]["accuracy"]
+        assert frame[f"{role}_probability"].between(0.5, 1).all()
+    texts = [(row["text"], row["text_pair"]) if pairs else row["text"] for row in found]
+    for row, answer in zip(found, distill.load_student("distilled_model")(texts)):
+        assert row["student"] == answer["label"]
+        assert float(row["student_probability"]) == pytest.approx(answer["score"], abs=1e-4)
 
 
 def test_save_results_student_is_reported_one_in_pipeline(teacher, data, run):

@@ -168,6 +168,10 @@ BAD = {
     "TEACHER_EPOCHS": ["0"],
     "TEACHER_LEARNING_RATE": ["0"],
     "CACHE": [""],
+    "BASELINE": ["1", "yes"],
+    "CASCADE_KEEPS": ["0", "1.01"],
+    "ASK_TEACHER": ["-0.1", "1.1", "never"],
+    "SOFT_LABELS_COLUMN": [""],
 }
 
 
@@ -177,6 +181,18 @@ BAD = {
 def test_check_settings_refuses_wrong_type_or_range(fails, name, value):
     message = fails(f"--{name.lower().replace('_', '-')}={value}")
     assert re.search(rf"\n  {name} = .*: must be .+", message) and message.count("\n") == 1
+
+
+def test_documented_settings_need_no_comment(tmp_path, monkeypatch):
+    """A user who edits the file may leave the comment out."""
+    source = Path(distill.__file__).read_text("utf-8")
+    edited = re.sub(r"(?m)^TEACHER = .*$", 'TEACHER = "./mine"', source)
+    edited = re.sub(r"(?m)^EPOCHS = .*$", "EPOCHS = 5 # few", edited)
+    (tmp_path / "distill.py").write_text(edited, "utf-8")
+    monkeypatch.setattr(distill, "__file__", str(tmp_path / "distill.py"))
+    found = {name: comment for _, name, comment in distill.documented_settings()}
+    assert found.keys() == distill.ACCEPTED.keys()
+    assert found["TEACHER"] == found["EPOCHS"] == ""
 
 
 def test_check_settings_reports_all_faults_at_once(fails):

@@ -16,6 +16,7 @@ from conftest import (
     MODEL,
     SAMPLE,
     VOCABULARY,
+    answer_with,
     edit_json,
     labelled,
     notes,
@@ -401,33 +402,6 @@ def test_preflight_checks_refuse_faults_before_teacher_pass(
 # ── check_teacher: what is said where the data hardly fit the teacher ──
 
 
-def answer_with(monkeypatch, answer):
-    """The teacher answers each text with the label answer(text, label)."""
-    known = {text: label for split in distill.SPLITS for text, label in rows(split, 48)}
-    add_soft_labels = distill.add_soft_labels
-
-    def add(data, *more):
-        def change(batch):
-            texts = [
-                "".join(tokens)
-                for tokens in map(tokenizer.convert_ids_to_tokens, batch["input_ids"])
-            ]
-            found = [
-                answer(known.get(text.removeprefix("[CLS]").removesuffix("[SEP]"), "negative"))
-                for text in texts
-            ]
-            soft_labels = [[0.9, 0.1] if label == "negative" else [0.1, 0.9] for label in found]
-            return {"soft_labels": soft_labels, "teacher_logits": np.log(soft_labels)}
-
-        return {
-            split: table.map(change, batched=True)
-            for split, table in add_soft_labels(data, *more).items()
-        }
-
-    tokenizer = distill.transformers.AutoTokenizer.from_pretrained("finetuned_bert_japanese")
-    monkeypatch.setattr(distill, "add_soft_labels", add)
-
-
 def test_check_teacher_logs_nothing_of_teacher_that_fits(teacher, data, run, monkeypatch):
     answer_with(monkeypatch, lambda label: label)
     assert notes(run("--epochs", "2")) == ""
@@ -446,8 +420,8 @@ def test_check_teacher_reports_accuracy_below_largest_class(teacher, data, run, 
     )
     assert printed.index("the teacher is right on") < printed.index(" epoch   train loss")
     assert (
-        "keeps" not in printed
-        and "the teacher is right on no text, so there is nothing to keep" in printed
+        "Cascade:" not in printed
+        and "the student keeps nothing, for the teacher is right on no text" in printed
     )
     assert report()["kept"] is None
 

@@ -245,3 +245,36 @@ def test_start_or_resume_reports_warmup_beyond_training(teacher, data, run):
     assert "training has 18 steps at most" in notes(
         run("--warmup-steps", "18")
     ) and "WARMUP" not in notes(run("--warmup-steps", "17"))
+
+
+# ── The run id ──
+
+
+def test_training_run_id_depends_on_what_training_depends_on(settings):
+    rows = distill.datasets.Dataset.from_list([{"input_ids": [2, 9, 3], "length": 3, "labels": 1}])
+    data = {"train": rows, "val": rows}
+    trainer = distill.make_trainer(
+        tiny_model(), data, distill.collate, distill.CustomTrainer, 1, 1e-4, 3
+    )
+
+    def run_id(**changes):
+        with settings.context() as changed:
+            for name, value in changes.items():
+                changed.setattr(distill, name, value)
+            return distill.training_run_id(trainer, ())
+
+    plain = run_id()
+    assert run_id() == plain
+    different = [
+        {"ALPHA": 0.4},
+        {"LOSS_WEIGHTS": [0.1, 0.2, 0.7]},
+        {"LOSS_WEIGHTS": [0.8, 0.1, 0.1]},
+        {"LOSS_WEIGHTS": (0.8, 0.1, 0.1)},
+        {"INIT_LAYERS": [1]},
+        {"METHOD_TERMS": distill.METHOD_TERMS | {"rail": {"CE": 1.0}}},
+        {"GENERATOR_WEIGHTS": {"KL": 0.1, "CRD": 0.9}},
+        {"BATCHES_PER_POOL": 3},
+    ]
+    assert len({plain, *(run_id(**changes) for changes in different)}) == len(different) + 1
+    for name in distill.NOT_IN_RUN_ID:
+        assert run_id(**{name: "another"}) == plain

@@ -1,0 +1,257 @@
+"""Option: a cascade, in which the teacher answers where the student is unsure."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import answer_with, edit_json, report, rows, save_model
+
+import distill
+
+# ── The eight texts, by hand ──
+
+# the student's probability, whether it is right, whether the teacher is
+EIGHT = [
+    (0.55, False, True),
+    (0.60, True, False),
+    (0.65, False, True),
+    (0.70, False, True),
+    (0.75, True, True),
+    (0.80, True, True),
+    (0.90, True, False),
+    (0.95, True, True),
+]
+# right answers of the two together, if the teacher is asked 0, 1, … 8 texts
+N_RIGHT = [5, 6, 5, 6, 7, 7, 7, 6, 6]
+
+
+def outputs(texts, seed=0):
+    """What `predict` returns for texts such as EIGHT, in random order: label 0 is right."""
+    texts = random.Random(seed).sample(texts, len(texts))
+    logits, teacher_logits = [], []
+    for probability, is_right, teacher_is_right in texts:
+        pair = [probability, 1 - probability]
+        logits.append(pair if is_right else pair[::-1])
+        teacher_logits.append([3.0, 1.0] if teacher_is_right else [1.0, 3.0])
+    return {
+        "labels": torch.zeros(len(texts), dtype=torch.int64),
+        "logits": torch.tensor(logits).log(),
+        "teacher_logits": torch.tensor(teacher_logits),
+        "seconds": torch.full([len(texts)], 0.125),
+        "teacher_seconds": torch.full([len(texts)], 2.0),
+    }
+
+
+def test_evaluate_cascade_by_hand():
+    cascade = distill.evaluate_cascade(outputs(EIGHT), outputs(EIGHT, seed=1))
+    # the teacher is right on 6 of 8; 99 % of that are reached when the text of 0.55 is asked
+    assert cascade.pop("curve") == {
+        "share": [n / 8 for n in range(9)],
+        "accuracy": [n / 8 for n in N_RIGHT],
+        "speedup": [pytest.approx(16 / (1 + 2 * n)) for n in range(9)],
+    }
+    assert cascade == {
+        "threshold": pytest.approx(0.55, abs=1e-6),
+        "share": 1 / 8,
+        "accuracy": 6 / 8,
+        "agreement": 4 / 8,  # they agree on the texts of 0.75, 0.80 and 0.95, and on the asked one
+        "speedup": pytest.approx(16 / 3),
+    }
+
+
+@pytest.mark.parametrize("keeps, threshold, share", [(0.8, 0.0, 0), (0.84, 0.55, 1 / 8)])
+def test_evaluate_cascade_keeps_what_the_setting_says(settings, keeps, threshold, share):
+    settings.setattr(distill, "CASCADE_KEEPS", keeps)  # of 6: 4.8 of the 5 it has; 5.04
+    cascade = distill.evaluate_cascade(outputs(EIGHT), outputs(EIGHT))
+    assert cascade["threshold"] == pytest.approx(threshold, abs=1e-6)
+    assert cascade["share"] == share
+
+
+def test_evaluate_cascade_asks_texts_of_the_same_probability_together():
+    # one of the two texts of 0.55 would do, but the threshold cannot tell them apart
+    equal = [(0.55, *one[1:]) if one[0] == 0.60 else one for one in EIGHT]
+    cascade = distill.evaluate_cascade(outputs(equal), outputs(equal))
+    assert cascade["threshold"] == pytest.approx(0.65, abs=1e-6)
+    assert cascade["share"] == 3 / 8 and cascade["accuracy"] == 6 / 8
+
+
+def test_evaluate_cascade_threshold_is_of_val_not_of_test():
+    hard = [(probability - 0.04, False, True) for probability, *_ in EIGHT]
+    cascade = distill.evaluate_cascade(outputs(EIGHT), outputs(hard))
+    assert cascade["threshold"] == pytest.approx(0.55, abs=1e-6)
+    assert cascade["share"] == 1 / 8 and cascade["accuracy"] == 1 / 8
+
+
+def test_evaluate_cascade_asks_all_if_only_the_teacher_is_right():
+    texts = [(probability, False, True) for probability, *_ in EIGHT]
+    cascade = distill.evaluate_cascade(outputs(texts), outputs(texts))
+    assert cascade["share"] == cascade["accuracy"] == cascade["agreement"] == 1
+    assert cascade["speedup"] == pytest.approx(16 / 17)
+
+
+def test_evaluate_cascade_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    for n_texts, n_classes in (1, 2), (7, 3), (250, 4):
+        val, test = (
+            {
+                "labels": torch.randint(n_classes, (n_texts,), generator=generator),
+                "logits": torch.randn(n_texts, n_classes, generator=generator),
+                "teacher_logits": torch.randn(n_texts, n_classes, generator=generator),
+                "seconds": torch.rand(n_texts, generator=generator),
+                "teacher_seconds": torch.rand(n_texts, generator=generator),
+            }
+            for _ in range(2)
+        )
+
+        def ask(outputs, threshold):
+            """Accuracy, agreement and speed at a threshold, text by text."""
+            n_right = n_agreeing = 0
+            seconds = outputs["seconds"].sum().item()
+            for label, logits, teacher_logits, teacher_seconds in zip(
+                *(outputs[key] for key in ("labels", "logits", "teacher_logits")),
+                outputs["teacher_seconds"].tolist(),
+            ):
+                asked = logits.softmax(-1).max() <= threshold
+                seconds += teacher_seconds if asked else 0
+                answer = (teacher_logits if asked else logits).argmax()
+                n_right += (answer == label).item()
+                n_agreeing += (answer == teacher_logits.argmax()).item()
+            speedup = outputs["teacher_seconds"].sum().item() / seconds
+            return n_right / n_texts, n_agreeing / n_texts, speedup
+
+        cascade = distill.evaluate_cascade(val, test)
+        target = 0.99 * ask(val, 1)[0]
+        candidates = [0.0, *val["logits"].softmax(-1).max(-1).values.tolist()]
+        lowest = min(one for one in candidates if ask(val, one)[0] >= target - 1e-9)
+        assert cascade["threshold"] == lowest
+        found = [cascade[key] for key in ("accuracy", "agreement", "speedup")]
+        assert found == pytest.approx(ask(test, lowest))
+        assert len(cascade["curve"]["share"]) == min(n_texts, 100) + 1
+
+
+def test_evaluate_cascade_without_known_seconds_has_no_speed():
+    test = outputs(EIGHT)
+    test["teacher_seconds"] = torch.zeros(8)
+    cascade = distill.evaluate_cascade(outputs(EIGHT), test)
+    assert cascade["speedup"] is None and set(cascade["curve"]["speedup"]) == {None}
+
+
+# ── In a run ──
+
+
+def test_run_reports_cascade(teacher, data, run, monkeypatch):
+    answer_with(monkeypatch, lambda label: label)
+    printed = run("--cascade-keeps", "1", "--epochs", "1", "--learning-rate", "1e-9")
+    cascade = report()["cascade"]
+    assert cascade["curve"]["accuracy"][0] == report()["student"]["splits"]["test"]["accuracy"]
+    assert cascade["curve"]["accuracy"][-1] == report()["teacher"]["splits"]["test"]["accuracy"]
+    assert cascade["threshold"] > 0  # the student has learned nothing
+    assert f"at most {cascade['threshold']:.1%} sure ({cascade['share']:.1%} of test)" in printed
+    assert f"accuracy {cascade['accuracy']:.4f}, agreement {cascade['agreement']:.4f}" in printed
+    assert Path("distilled_model/cascade.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_format_cascade_says_that_the_student_is_enough():
+    (line,) = distill.format_cascade({"threshold": 0.0})
+    assert line == (
+        "Cascade: the student alone keeps 99% of the teacher's accuracy on val; the teacher need "
+        "not be asked."
+    )
+
+
+# ── load_student and --predict ──
+
+
+@pytest.fixture
+def student(teacher, data, run):
+    run("--epochs", "1")
+    return Path("distilled_model")
+
+
+TEXTS = [text for text, _ in rows("test", 12)]
+
+
+def plain(answers):
+    return [{key: answer[key] for key in ("label", "score")} for answer in answers]
+
+
+def test_load_student_asks_teacher_up_to_the_threshold(student, teacher):
+    alone = distill.load_student(student)(TEXTS)
+    of_teacher = distill.load_student(teacher)(TEXTS)
+    assert all("by" not in answer for answer in alone)
+    threshold = sorted(answer["score"] for answer in alone)[4]
+    answers = distill.load_student(student, teacher, threshold)(TEXTS)
+    assert [answer["by"] for answer in answers].count("teacher") == 5
+    for answer, ours, theirs in zip(answers, alone, of_teacher):
+        expected = theirs if ours["score"] <= threshold else ours
+        assert answer["label"] == expected["label"]
+        assert answer["score"] == pytest.approx(expected["score"], abs=1e-5)
+    assert {one["by"] for one in distill.load_student(student, teacher, 0)(TEXTS)} == {"student"}
+    assert {one["by"] for one in distill.load_student(student, teacher, 1)(TEXTS)} == {"teacher"}
+
+
+def test_load_student_takes_threshold_of_the_report(student, teacher):
+    scores = [answer["score"] for answer in distill.load_student(student)(TEXTS)]
+    saved = report() | {"cascade": {"threshold": sorted(scores)[2]}}
+    (student / "report.json").write_text(json.dumps(saved), "utf-8")
+    answers = distill.load_student(student, teacher)(TEXTS)
+    assert [answer["by"] for answer in answers].count("teacher") == 3
+
+
+def test_load_student_loads_the_teacher_once(student, teacher, monkeypatch):
+    loaded = []
+    load_model = distill.load_model
+    monkeypatch.setattr(
+        distill, "load_model", lambda *args, **more: loaded.append(1) or load_model(*args, **more)
+    )
+    classify = distill.load_student(student, teacher, 1)
+    assert classify(TEXTS[:2]) + classify(TEXTS[2]) == classify(TEXTS[:3]) or len(loaded) == 1
+    assert len(loaded) == 1 and classify([]) == []
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), "0.5", True])
+def test_load_student_refuses_threshold_outside_0_to_1(student, teacher, threshold):
+    with pytest.raises(distill.Problem, match="must be a number from 0 to 1"):
+        distill.load_student(student, teacher, threshold)
+
+
+def test_load_student_refuses_teacher_of_other_labels(student):
+    other = save_model(Path("other"), labels=("low", "high"))
+    with pytest.raises(distill.Problem, match=r"its labels \(low, high\) are not those of the"):
+        distill.load_student(student, other, 0.5)
+
+
+def test_load_student_takes_teacher_with_the_labels_in_another_order(student):
+    other = save_model(Path("other"), labels=("positive", "negative"))
+    labels = [one["label"] for one in distill.load_student(student, other, 1)(TEXTS)]
+    assert labels == [one["label"] for one in distill.load_student(other)(TEXTS)]
+
+
+def test_load_student_refuses_report_without_threshold(student, teacher):
+    edit_json(student / "report.json", cascade=None)
+    with pytest.raises(distill.Problem, match="holds no threshold of a cascade.* Give one"):
+        distill.load_student(student, teacher)
+
+
+def test_show_predictions_says_who_answered(student, teacher, capsys):
+    capsys.readouterr()
+    for given, expected in ("1", "teacher"), ("0", "student"):
+        distill.main(["--ask-teacher", given, "--predict", *TEXTS])
+        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        answers = distill.load_student(student, teacher, int(given))(TEXTS)
+        assert lines == [[one["label"], f"{one['score']:.4f}", expected] for one in answers]
+    distill.main(["--ask-teacher", "auto", "--predict", TEXTS[0]])
+    assert capsys.readouterr().out.count("\t") == 2
+    for bad in "2", "often":
+        with pytest.raises(SystemExit, match=r"ASK_TEACHER.*must be a number from 0 to 1"):
+            distill.main(["--ask-teacher", bad, "--predict", TEXTS[0]])
+
+
+def test_show_predictions_asks_the_sample_teacher(student, teacher, capsys):
+    Path(".distill_cache").mkdir(exist_ok=True)
+    teacher.rename(".distill_cache/sample_teacher")
+    capsys.readouterr()
+    distill.main(["--data", "tests/sample", "--ask-teacher", "1", "--predict", TEXTS[0]])
+    assert capsys.readouterr().out.endswith("teacher\n")
