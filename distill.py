@@ -4175,7 +4175,8 @@ def evaluate_cascade(val, test):
     curve = cascade_curve(test)
     n_texts = len(test["labels"])
     n_asked = int((curve["probability"] <= threshold).sum())
-    points = np.unique(np.linspace(0, n_texts, min(n_texts, 100) + 1).round().astype(int))
+    n_points = min(n_texts, 100) + 1
+    points = [round(n_texts * number / (n_points - 1)) for number in range(n_points)]
     return {
         "threshold": threshold,
         "share": n_asked / n_texts,
@@ -4183,7 +4184,7 @@ def evaluate_cascade(val, test):
         "agreement": curve["agreement"][n_asked],
         "speedup": curve["speedup"][n_asked],
         "curve": {
-            "share": (points / n_texts).tolist(),
+            "share": [point / n_texts for point in points],
             "accuracy": [curve["accuracy"][point] for point in points],
             "speedup": [curve["speedup"][point] for point in points],
         },
