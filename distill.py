@@ -64,6 +64,7 @@ try:
     from accelerate import DistributedDataParallelKwargs, PartialState
     from accelerate.utils import broadcast_object_list, gather_object
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -655,7 +656,7 @@ def make_report(student, history, best_epoch, results, run_info):
         "hardware": hardware(),
         "cascade": results["cascade"],
     }
-    if BASELINE:
+    if results["baseline"]:
         report["baseline"] = results["baseline"]
     return report
 
@@ -706,9 +707,9 @@ def evaluate_labels(outputs, names):
     """Return what both models do with each label: {role: {"labels": …, "confusion": …}}.
 
     outputs: what `predict` returns. names: the label names, by output.
-    labels: {name: {precision, recall, f1, support}}; precision and recall are None where no text
-    has the label, or was given it. confusion: {name: {predicted name: number of texts}}, without
-    zeros.
+    labels: {name: {precision, recall, f1, support}}. Precision is None if no text was given the
+    label, recall if none has it, F1 if neither. confusion: {name: {predicted name: number of
+    texts}}, without zeros.
     """
     results = {}
     for role, key in ("teacher", "teacher_logits"), ("student", "logits"):
@@ -796,15 +797,15 @@ def format_report(report):
     lines.append("; ".join(sizes))
     lines += format_labels(report["student"]["labels"])
 
-    lines.append("On test the student keeps")
     if report["kept"] is None:
-        lines[-1] += " nothing, for the teacher is right on no text"
+        lines.append("The teacher gets no text of test right.")
     else:
-        lines[-1] += f" {report['kept']:.1%} of the teacher's accuracy"
+        lines.append(f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy.")
     if report["speedup"] is not None:
-        lines[-1] += f" and is {report['speedup']:.1f} times as fast"
-        lines.append(f"(without tokenization; {report['hardware']})")
-    lines[-1] += "."
+        lines.append(
+            f"The student is {report['speedup']:.1f} times as fast as the teacher (without "
+            f"tokenization; {report['hardware']})."
+        )
     if report["kept"] is not None:
         lines += format_cascade(report["cascade"])
     if "baseline" in report:
@@ -813,7 +814,7 @@ def format_report(report):
 
 
 def format_labels(labels):
-    """Return the lines of a table of labels; of many labels none."""
+    """Return the lines of a table of labels, or none if there are more than ten."""
     if len(labels) > 10:
         return []
     lines = ["student on test   precision   recall       F1   texts   label"]
@@ -1740,7 +1741,7 @@ def refuse_missing_columns(where, columns, found):
     names = ", ".join(shown)
     if len(names) > 300:
         names = f"{names[:300]}…"
-    hint = "Set TEXT_COLUMN, TEXT_PAIR_COLUMN and LABEL_COLUMN"
+    hint = "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN"
     if len(found) == 1 and re.search("[,;\t]", str(*found)):
         hint = "The fields of a .csv are separated by commas, those of a .tsv by tabs"
     raise Problem(f"{where} has no column {', '.join(missing)}; its columns are {names}. {hint}.")
@@ -3064,6 +3065,16 @@ def stands_in_for_teacher():
     return is_untouched and not is_named and not os.path.exists(TEACHER)
 
 
+def is_sample_student(folder):
+    """Whether the student in `folder` is that of the sample teacher, and nobody names another."""
+    if not stands_in_for_teacher():
+        return False
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        settings = json.loads(Path(folder, "report.json").read_text("utf-8"))["settings"]
+        return (settings["TEACHER"], settings["DATA"]) == (TEACHER, DATA)
+    return False
+
+
 def sample_teacher_folder():
     """Return the folder of the sample teacher: in CACHE, so that nobody takes it for their own."""
     return os.path.join(CACHE, "sample_teacher")
@@ -3123,7 +3134,7 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
 
 # ── Option: a teacher that ran elsewhere ──────────────────────────────────────────────────────────
 
-SOFT_LABELS_COLUMN = None  # column with the teacher's probabilities, a list; TEACHER is not run
+SOFT_LABELS_COLUMN = None  # column with the teacher's probabilities, lists; it is not asked again
 
 
 def starts_without_teacher():
@@ -3155,17 +3166,20 @@ def parse_soft_labels(rows, n_classes):
             parsed.append(probabilities)
         return {"teacher_probabilities": parsed}
 
-    return map_to_cache(rows, parse, with_indices=True), faults
+    features = datasets.Features(rows.features)
+    features["teacher_probabilities"] = datasets.List(datasets.Value("float64"))
+    return map_to_cache(rows, parse, with_indices=True, features=features), faults
 
 
 def parse_probabilities(value, n_classes):
     """Return (probabilities, fault), of which one is None.
 
-    value: a list of numbers, or the text of one, with commas or, as numpy writes it, without.
+    value: a list of numbers, or the text of one, also as numpy writes it: "[0.1 0.9]" or
+    "[np.float64(0.1), np.float64(0.9)]".
     """
     numbers = value
     if isinstance(value, str):
-        numbers = re.sub("[][(),]", " ", value).split()
+        numbers = re.sub(r"np\.float\d+|[][(),]", " ", value).split()
     try:
         probabilities = [float(number) for number in numbers]
     except (TypeError, ValueError):
@@ -3182,8 +3196,8 @@ def parse_probabilities(value, n_classes):
 def add_given_soft_labels(data):
     """`add_soft_labels` for the teacher's probabilities in the data.
 
-    Their logarithms are logits that give the same probabilities at every temperature. In 64 bits
-    this is exact enough for the same soft labels, to the bit, as from the teacher's own logits.
+    Their logarithms are logits that give the same probabilities at every temperature. From
+    probabilities of 64 bits this gives the same soft labels, to the bit, as the teacher's logits.
     """
 
     def new_columns(batch):
@@ -3195,7 +3209,7 @@ def add_given_soft_labels(data):
             "teacher_seconds": np.zeros(len(logits), np.float32),  # unknown
         }
 
-    log("teacher", f"is not run: its probabilities are in the column {SOFT_LABELS_COLUMN}")
+    log("teacher", f"its probabilities are read from the column {SOFT_LABELS_COLUMN}")
     return {split: map_to_cache(rows, new_columns) for split, rows in data.items()}
 
 
@@ -3260,7 +3274,7 @@ def read_unlabeled(n_classes=None):
         if SOFT_LABELS_COLUMN:
             part, faults = parse_soft_labels(part, n_classes)
             refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", file.name, faults)
-            part = part.remove_columns(SOFT_LABELS_COLUMN)
+            part = part.select_columns([*text_columns(), "teacher_probabilities"])
         for column in text_columns():
             part = part.cast_column(column, datasets.Value("string"))
         parts.append(part)
@@ -4127,13 +4141,21 @@ BASELINE = False  # True: also train the same student on the hard labels alone, 
 
 
 def train_baseline(student, data, collate_fn):
-    """Train the student on the hard labels alone; return its metrics, a dict (None if rank > 0).
+    """Train the student on the hard labels alone; return its metrics, a dict.
 
-    student: as it was before its distillation. It becomes what METHOD "none" gives.
+    Return None if Ctrl-C stops it, and in every process but the first.
+    student: as it was before its distillation. It becomes what METHOD "none" gives, but for the
+    word vectors, which are fitted to the texts of UNLABELED and AUGMENT, too.
     """
     log("baseline", "the same student, from the same start, is trained on the hard labels alone")
     trainer = make_trainer(student, data, collate_fn, HardLabelTrainer)
-    history = train(trainer, Path(CACHE, "baseline_checkpoint.pt"))
+    try:
+        history = train(trainer, Path(CACHE, "baseline_checkpoint.pt"), use_best_if_stopped=False)
+    except KeyboardInterrupt:
+        if world_size() > 1:
+            raise
+        log("baseline", "stopped by Ctrl-C: it is left out; run again to resume")
+        return None
     if rank() != 0:
         return None
     predictions = {split: predict(trainer, data[split]) for split in ("val", "test")}
@@ -4157,7 +4179,7 @@ def format_baseline(report):
 # ── Option: a cascade, in which the teacher answers where the student is unsure ───────────────────
 
 CASCADE_KEEPS = 0.99  # share of the teacher's accuracy on val that the two together must keep
-ASK_TEACHER = None  # in --predict: ask TEACHER if the student's probability is at most this, "auto"
+ASK_TEACHER = None  # in --predict: the probability up to which TEACHER is asked; "auto": as chosen
 
 
 def evaluate_cascade(val, test):
@@ -4238,16 +4260,18 @@ def format_cascade(cascade):
     """Return the lines of the report about the cascade."""
     keeps = f"{100 * CASCADE_KEEPS:.4g}% of the teacher's accuracy on val"
     if cascade["threshold"] == 0:
-        return [f"Cascade: the student alone keeps {keeps}; the teacher need not be asked."]
+        return [f"Cascade: the student alone keeps {keeps}; it needs no teacher."]
     line = (
-        f"accuracy {cascade['accuracy']:.4f}, agreement {cascade['agreement']:.4f}, keeps {keeps}"
+        f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
+        f"{cascade['agreement']:.4f}"
     )
     if cascade["speedup"] is not None:
-        line += f", {cascade['speedup']:.1f} times as fast"
+        line += f", {cascade['speedup']:.1f} times as fast as the teacher"
     return [
-        f"Cascade: asking the teacher where the student is at most {cascade['threshold']:.1%} sure "
-        f"({cascade['share']:.1%} of test):",
+        f"Cascade: the teacher answers where the student's probability is at most "
+        f"{cascade['threshold']:.6g}",
         line + ".",
+        f"This threshold was chosen to keep {keeps}.",
     ]
 
 
@@ -4264,7 +4288,7 @@ def plot_cascade(report, folder):
     for role, style in ("teacher", ":"), ("student", "--"):
         accuracy = report[role]["splits"]["test"]["accuracy"]
         axes.axhline(accuracy, linestyle=style, color="black", label=f"{role} alone")
-    label = f"threshold {cascade['threshold']:.3f}, chosen on val"
+    label = f"threshold {cascade['threshold']:.6g}, chosen on val"
     point = 100 * cascade["share"], cascade["accuracy"]
     axes.plot(*point, "*k", markersize=16, label=label)
     axes.set(xlabel="texts of test that the teacher is asked, %", ylabel="accuracy on test")
@@ -4277,35 +4301,52 @@ def plot_cascade(report, folder):
         handles += speed_axes.plot(shares, curve["speedup"], **style)
         speed_axes.set(ylabel="speed, times the teacher's", yscale="log")
         speed_axes.yaxis.set_major_formatter("{x:g}")
+        speed_axes.yaxis.set_minor_formatter(LogFormatter())
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
     figure.savefig(folder / "cascade.png", dpi=150)
 
 
-def load_asked_teacher(name, threshold, folder, model, tokenizer):
+def load_asked_teacher(name, threshold, folder, student, student_tokenizer):
     """Return (model, tokenizer, threshold) of the teacher in `name`, for `ask_teacher`.
 
-    threshold: from 0 to 1; None: the one in the report of `folder`. model, tokenizer: the
-    student's. Raise Problem if the teacher has other labels.
+    threshold: from 0 to 1; None: the one in the report of `folder`, the student's. Raise Problem if
+    the teacher has other labels.
     """
     if threshold is None:
-        with as_problem(
-            f"{folder!r}: its report.json holds no threshold of a cascade", "Give one, from 0 to 1"
-        ):
-            report = json.loads(Path(folder, "report.json").read_text("utf-8"))
-            threshold = report["cascade"]["threshold"]
-    if not in_range(0, 1)(threshold):
-        raise Problem(f"threshold (ASK_TEACHER) = {threshold!r}: must be a number from 0 to 1.")
+        threshold = saved_threshold(folder)
+    is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not is_number or not 0 <= threshold <= 1:
+        raise Problem(
+            f"threshold (ASK_TEACHER) = {threshold!r}: must be a number from 0 to 1; without one "
+            '(ASK_TEACHER = "auto") it is taken from report.json.'
+        )
     name = normalize_path(os.fspath(name))
     config = load_config(name)
-    labels, teacher_labels = model.config.label2id, config.label2id
+    labels, teacher_labels = student.config.label2id, config.label2id
     if labels.keys() != teacher_labels.keys():
         raise Problem(
             f"TEACHER = {name!r}: its labels ({short_list([*teacher_labels])}) are not those of "
             f"the student ({short_list([*labels])}). Name the teacher of this student."
         )
-    teacher_tokenizer = load_tokenizer(TOKENIZER or name, config)
-    teacher_tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(config))
-    return load_model(name, config=config), teacher_tokenizer, threshold
+    tokenizer = load_tokenizer(TOKENIZER or name, config)
+    tokenizer.model_max_length = min(student_tokenizer.model_max_length, max_tokens(config))
+    return load_model(name, config=config), tokenizer, threshold
+
+
+def saved_threshold(folder):
+    """Return the threshold in the report of a student; Problem if it is of another teacher."""
+    with as_problem(
+        f"{folder!r}: its report.json holds no threshold of a cascade", "Give one, from 0 to 1"
+    ):
+        report = json.loads(Path(folder, "report.json").read_text("utf-8"))
+        threshold = report["cascade"]["threshold"]
+        column = report["settings"].get("SOFT_LABELS_COLUMN")
+    if column is not None:
+        raise Problem(
+            f"{folder!r}: the threshold in its report.json is for the teacher of the column "
+            f"{column}, which ran elsewhere. Give one for this teacher, from 0 to 1."
+        )
+    return threshold
 
 
 def ask_teacher(answers, texts, model, tokenizer, threshold):
@@ -4512,10 +4553,13 @@ def load_student(folder, teacher=None, threshold=None):
     at most `threshold`: from 0 to 1, or None for the one in report.json, which was chosen on val.
     Each answer then says who gave it: "by": "student" or "teacher".
     """
+    folder = normalize_path(os.fspath(folder))
     model, tokenizer = load_saved(folder)
     asked_teacher = None
     if teacher is not None:
         asked_teacher = load_asked_teacher(teacher, threshold, folder, model, tokenizer)
+    elif threshold is not None:
+        raise Problem(f"threshold = {threshold!r}: needs a teacher to be asked; name it, too.")
 
     def classify(texts):
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -4555,7 +4599,7 @@ def encode_texts(tokenizer, texts):
         is_row = isinstance(row, tuple | list) and len(row) == len(rows[0]) in (1, 2)
         if not is_row or not all(isinstance(text, str) and is_encodable(text) for text in row):
             raise Problem(
-                "predict takes a list of texts, or of pairs of texts, without half characters "
+                "accepted are a list of texts, or of pairs of texts, without half characters "
                 "(surrogates)."
             )
     columns = list(zip(*rows, strict=True))
@@ -4589,7 +4633,7 @@ def show_predictions(texts):
     model, tokenizer = load_saved(OUTPUT)
     asked_teacher = None
     if ASK_TEACHER is not None:
-        name = sample_teacher_folder() if stands_in_for_teacher() else TEACHER
+        name = sample_teacher_folder() if is_sample_student(OUTPUT) else TEACHER
         threshold = None if ASK_TEACHER == "auto" else ASK_TEACHER
         with contextlib.redirect_stdout(sys.stderr):  # notes are not answers
             asked_teacher = load_asked_teacher(name, threshold, OUTPUT, model, tokenizer)
@@ -5070,7 +5114,7 @@ def option_faults():
     if SOFT_LABELS_COLUMN and METHOD not in ("kd", "none"):
         faults.append(
             f"METHOD = {METHOD!r}: needs more of the teacher than the probabilities in "
-            'SOFT_LABELS_COLUMN; accepted is "kd"'
+            'SOFT_LABELS_COLUMN; accepted are "kd" and "none"'
         )
     if SOFT_LABELS_COLUMN and (AUGMENT or TEACHER_BASE):
         faults.append(

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import answer_with, edit_json, report, rows, save_model
@@ -148,16 +149,19 @@ def test_run_reports_cascade(teacher, data, run, monkeypatch):
     assert cascade["curve"]["accuracy"][0] == report()["student"]["splits"]["test"]["accuracy"]
     assert cascade["curve"]["accuracy"][-1] == report()["teacher"]["splits"]["test"]["accuracy"]
     assert cascade["threshold"] > 0  # the student has learned nothing
-    assert f"at most {cascade['threshold']:.1%} sure ({cascade['share']:.1%} of test)" in printed
-    assert f"accuracy {cascade['accuracy']:.4f}, agreement {cascade['agreement']:.4f}" in printed
+    assert (
+        f"the student's probability is at most {cascade['threshold']:.6g}\n"
+        f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
+        f"{cascade['agreement']:.4f}, {cascade['speedup']:.1f} times as fast as the teacher.\n"
+    ) in printed
     assert Path("distilled_model/cascade.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_format_cascade_says_that_the_student_is_enough():
     (line,) = distill.format_cascade({"threshold": 0.0})
     assert line == (
-        "Cascade: the student alone keeps 99% of the teacher's accuracy on val; the teacher need "
-        "not be asked."
+        "Cascade: the student alone keeps 99% of the teacher's accuracy on val; it needs no "
+        "teacher."
     )
 
 
@@ -211,6 +215,29 @@ def test_load_student_loads_the_teacher_once(student, teacher, monkeypatch):
     assert len(loaded) == 1 and classify([]) == []
 
 
+def test_load_student_takes_numbers_of_numpy_and_paths(student, teacher, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = distill.load_student(student, teacher, 0.6)(TEXTS)
+    found = distill.load_student("~/distilled_model/", "~/finetuned_bert_japanese", np.float64(0.6))
+    assert found(TEXTS) == expected
+    assert distill.load_student("~/distilled_model", teacher)(TEXTS)[0].keys() == expected[0].keys()
+
+
+def test_load_student_refuses_threshold_without_teacher(student):
+    with pytest.raises(distill.Problem, match="needs a teacher to be asked"):
+        distill.load_student(student, threshold=0.5)
+
+
+def test_saved_threshold_is_not_used_for_another_teacher(student, teacher):
+    """The report's is for the teacher of a column, which TEACHER need not be."""
+    saved = report()
+    saved["settings"]["SOFT_LABELS_COLUMN"] = "p"
+    (student / "report.json").write_text(json.dumps(saved), "utf-8")
+    with pytest.raises(distill.Problem, match="for the teacher of the column p, which ran else"):
+        distill.load_student(student, teacher)
+    assert distill.load_student(student, teacher, 1)(TEXTS)[0]["by"] == "teacher"
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), "0.5", True])
 def test_load_student_refuses_threshold_outside_0_to_1(student, teacher, threshold):
     with pytest.raises(distill.Problem, match="must be a number from 0 to 1"):
@@ -249,9 +276,15 @@ def test_show_predictions_says_who_answered(student, teacher, capsys):
             distill.main(["--ask-teacher", bad, "--predict", TEXTS[0]])
 
 
-def test_show_predictions_asks_the_sample_teacher(student, teacher, capsys):
-    Path(".distill_cache").mkdir(exist_ok=True)
+def test_show_predictions_asks_the_sample_teacher_for_its_student_alone(student, teacher, capsys):
+    command = ["--data", "tests/sample", "--ask-teacher", "1", "--predict", TEXTS[0]]
     teacher.rename(".distill_cache/sample_teacher")
     capsys.readouterr()
-    distill.main(["--data", "tests/sample", "--ask-teacher", "1", "--predict", TEXTS[0]])
+    with pytest.raises(SystemExit, match="finetuned_bert_japanese': no such folder"):
+        distill.main(command)  # the student is that of another teacher, whom nobody names
+    saved = report()
+    saved["settings"]["DATA"] = "tests/sample"
+    (student / "report.json").write_text(json.dumps(saved), "utf-8")
+    capsys.readouterr()
+    distill.main(command)
     assert capsys.readouterr().out.endswith("teacher\n")

@@ -62,7 +62,7 @@ def test_add_given_soft_labels_gives_the_student_of_the_teachers_pass(
     monkeypatch.setattr(distill, "run_teacher", None)  # it must not be called
     printed = run(*GIVEN, "--cache", "another")
     assert MODEL.read_bytes() == student and history() == losses
-    assert "teacher   is not run: its probabilities are in the column p" in printed
+    assert "teacher   its probabilities are read from the column p" in printed
 
     # what is not known of this teacher is left out
     found = report()
@@ -122,10 +122,37 @@ def test_parse_soft_labels_counts_and_names_faulty_rows(teacher, data, fails, va
 
 @pytest.mark.parametrize(
     "value",
-    ["[0.25, 0.75]", "[0.25 0.75]", " 0.25,0.75 ", "(0.25, 0.75)", [0.25, 0.75], "[2.5e-1\n 0.75]"],
+    [
+        "[0.25, 0.75]",
+        "[0.25 0.75]",
+        " 0.25,0.75 ",
+        "(0.25, 0.75)",
+        [0.25, 0.75],
+        "[2.5e-1\n 0.75]",
+        "[np.float64(0.25), np.float32(0.75)]",
+    ],
 )
 def test_parse_probabilities_takes_a_list_or_its_text(value):
     assert distill.parse_probabilities(value, 2) == ([0.25, 0.75], None)
+
+
+def test_parse_soft_labels_counts_faults_of_many_rows(teacher, data, fails):
+    table = [("良い。", "positive", "[0.25, 0.75]" if n > 1100 else "?") for n in range(1, 1201)]
+    write_csv(data / "train.csv", table, ("text", "label", "p"))
+    for split in "val", "test":
+        write_csv(data / f"{split}.csv", table[-8:], ("text", "label", "p"))
+    assert "in 1100 rows: 1, 2, 3, 4, 5, …" in fails("--soft-labels-column", "p")
+
+
+def test_parse_soft_labels_column_may_have_any_name(answers, run):
+    """Also that of the script's own column."""
+    for split in SPLITS:
+        table = [(text, label, str(p)) for text, label, p in answers[split]]
+        write_csv(f"data/{split}.csv", table, ("text", "label", "teacher_probabilities"))
+    more = [(text, "[0.1, 0.9]") for text, _ in rows("train", 70)[60:]]
+    write_csv("more.csv", more, ("text", "teacher_probabilities"))
+    column = "--soft-labels-column", "teacher_probabilities"
+    assert "48 + 10 unlabeled" in run(*column, "--unlabeled", "more.csv", "--epochs", "1")
 
 
 def test_parse_soft_labels_refuses_values_of_json_that_are_no_list(teacher, data, fails):

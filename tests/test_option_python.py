@@ -59,7 +59,7 @@ def test_load_student_equals_stock_and_command_line(teacher, data, run, capsys, 
         }
     assert predict(texts[0])[0]["score"] == pytest.approx(found[0]["score"]) and predict([]) == []
     for bad in [1], [None], [("a", 1)]:
-        with pytest.raises(distill.Problem, match="predict takes a list of texts"):
+        with pytest.raises(distill.Problem, match="accepted are a list of texts"):
             predict(bad)
 
     capsys.readouterr()
