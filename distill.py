@@ -764,7 +764,8 @@ def hardware():
     }
     answer = os.popen(commands.get(platform.system(), "")).read()
     name = answer.split(":")[-1].strip() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def without_folders(value):
