@@ -765,7 +765,8 @@ def hardware():
     }
     answer = os.popen(commands.get(platform.system(), "")).read()
     name = answer.split(":")[-1].strip() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def without_folders(value):
@@ -1098,11 +1099,13 @@ def max_tokens(config):
     return getattr(config, "max_position_embeddings", 10**9) - offset
 
 
-def load_tokenizer(name, config, role="teacher"):
-    """Return the tokenizer in `name`, set to MAX_LENGTH; Problem if it does not fit the model.
+def load_tokenizer(name, config, role="teacher", max_length=None):
+    """Return the tokenizer in `name`; Problem if it does not fit the model.
 
     config: of the model whose texts it tokenizes. role: what messages call this model.
+    max_length: instead of MAX_LENGTH.
     """
+    max_length = max_length or MAX_LENGTH
     advice = "Save the one that the model was made with into its folder"
     if role == "teacher":
         advice = (
@@ -1123,12 +1126,12 @@ def load_tokenizer(name, config, role="teacher"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         fit_to_model(tokenizer, config)
         # encode something now, rather than fail once all data is read
-        encode([["晴れ time"]] * len(text_columns()), tokenizer, MAX_LENGTH)
+        encode([["晴れ time"]] * len(text_columns()), tokenizer, max_length)
     check_vocabulary(tokenizer, name, config, role, advice)
     limit = max_tokens(config)
-    if limit < MAX_LENGTH:
-        raise Problem(f"MAX_LENGTH = {MAX_LENGTH}: the {role} takes at most {limit} tokens.")
-    tokenizer.model_max_length = MAX_LENGTH
+    if limit < max_length:
+        raise Problem(f"MAX_LENGTH = {max_length}: the {role} takes at most {limit} tokens.")
+    tokenizer.model_max_length = max_length
     if role == "teacher":
         warn_if_tokenizer_guessed(tokenizer, name, saved_config, config)
     return tokenizer
@@ -4446,13 +4449,14 @@ def choose_threshold(val):
     """Return the lowest threshold that keeps CASCADE_KEEPS of the teacher's accuracy on val."""
     curve = cascade_curve(val)
     target = CASCADE_KEEPS * curve["accuracy"][-1] - 1e-9  # all asked: the teacher's accuracy
-    thresholds = [0.0, *curve["probability"].tolist()]
+    probabilities = curve["probability"].tolist()
     for n_asked, accuracy in enumerate(curve["accuracy"]):
-        # texts of the same probability are asked together
-        is_last_of_equals = thresholds[n_asked] not in thresholds[n_asked + 1 : n_asked + 2]
-        if accuracy >= target and is_last_of_equals:
-            return thresholds[n_asked]
-    raise AssertionError("the last threshold asks all texts and keeps all of the accuracy")
+        threshold = probabilities[n_asked - 1] if n_asked > 0 else 0.0
+        next_probability = probabilities[n_asked] if n_asked < len(probabilities) else None
+        # a threshold cannot separate texts of the same probability
+        if accuracy >= target and threshold != next_probability:
+            break
+    return threshold  # at the latest the one that asks all
 
 
 def format_cascade(cascade):
@@ -4527,8 +4531,8 @@ def load_asked_teacher(name, threshold, folder, student, student_tokenizer):
             f"TEACHER = {name!r}: its labels ({short_list([*teacher_labels])}) are not those of "
             f"the student ({short_list([*labels])}). Name the teacher of this student."
         )
-    tokenizer = load_tokenizer(TOKENIZER or name, config)
-    tokenizer.model_max_length = min(student_tokenizer.model_max_length, max_tokens(config))
+    max_length = min(student_tokenizer.model_max_length, max_tokens(config))
+    tokenizer = load_tokenizer(TOKENIZER or name, config, max_length=max_length)
     return load_model(name, config=config), tokenizer, threshold
 
 

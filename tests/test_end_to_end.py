@@ -119,7 +119,7 @@ def test_run_gives_same_bytes_in_another_process(teacher, data, run):
         Path("here/model.safetensors").read_bytes() == Path("there/model.safetensors").read_bytes()
     )
     assert history("here") == history("there")
-    assert report("there")["hardware"].endswith(", 1 threads")
+    assert report("there")["hardware"].endswith(", 1 thread")
 
 
 # ── The terminal and the packages ──

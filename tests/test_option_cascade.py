@@ -223,6 +223,12 @@ def test_load_student_takes_numbers_of_numpy_and_paths(student, teacher, monkeyp
     assert distill.load_student("~/distilled_model", teacher)(TEXTS)[0].keys() == expected[0].keys()
 
 
+def test_load_student_takes_max_length_of_the_student(student, teacher, monkeypatch):
+    """The script's own, 128, is more than this teacher takes."""
+    monkeypatch.setattr(distill, "MAX_LENGTH", 128)
+    assert distill.load_student(student, teacher, 1)(["良い。" * 100])[0]["by"] == "teacher"
+
+
 def test_load_student_refuses_threshold_without_teacher(student):
     with pytest.raises(distill.Problem, match="needs a teacher to be asked"):
         distill.load_student(student, threshold=0.5)
