@@ -32,13 +32,13 @@ import csv
 import errno
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
-import mmap
 import os
 import platform
 import re
@@ -65,6 +65,7 @@ try:
     from accelerate.utils import broadcast_object_list, gather_object
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
+    from safetensors import safe_open
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -946,6 +947,7 @@ def load_config(name, setting="TEACHER"):
         "Name a folder of model.save_pretrained, or a hub model",
     ):
         forbid_outside_paths(name)
+        refuse_incomplete_config(name, setting)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         check_architecture(config, name, setting)
     if setting in ("TEACHER", "OUTPUT"):
@@ -964,9 +966,19 @@ def load_config(name, setting="TEACHER"):
 def refuse_missing_model(name, setting):
     """Raise Problem if `name` is a path at which there is no model."""
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        advice = "Save one into it with model.save_pretrained, or name another folder"
+        checkpoints = sorted(glob.glob(f"{glob.escape(name)}/checkpoint-*/config.json"))
+        if checkpoints:
+            folders = [os.path.dirname(path) for path in checkpoints]
+            advice = f"Name one of its checkpoints: {short_list(folders)}"
+        if os.path.isfile(os.path.join(name, "adapter_config.json")):
+            advice = (
+                "It is a PEFT adapter: merge it into its base model first, with "
+                "model.merge_and_unload().save_pretrained(folder)"
+            )
         raise Problem(
             f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). "
-            "Save one into it with model.save_pretrained, or name another folder."
+            f"{advice}."
         )
     if os.path.isdir(name):
         return
@@ -981,6 +993,32 @@ def refuse_missing_model(name, setting):
             f"{setting} = {name!r}: no such folder. "
             f"{advice.get(setting, 'Name a folder or a hub model')}."
         )
+
+
+def refuse_incomplete_config(name, setting):
+    """Raise Problem if the config.json in a folder lacks the kind of the model, or its labels."""
+    path = os.path.join(name, "config.json")
+    if not os.path.isfile(path):  # of a hub model, which others have loaded before
+        return
+    saved = json.loads(Path(path).read_text("utf-8"))
+    if isinstance(saved, dict) and "model_type" not in saved:
+        raise Problem(
+            f'{setting} = {name!r}: its config.json has no "model_type", as before transformers '
+            '2.2. Write "model_type": "bert" into it, if it is a BERT.'
+        )
+    weights = os.path.join(name, "model.safetensors")
+    if setting == "TEACHER" and "id2label" not in saved and os.path.isfile(weights):
+        n_outputs = 2  # what transformers assumes
+        with safe_open(weights, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                if key in ("classifier.weight", "classifier.out_proj.weight"):
+                    n_outputs = file.get_slice(key).get_shape()[0]
+        if n_outputs != 2:
+            names = ", ".join(f'"{number}": "…"' for number in range(min(n_outputs, 3)))
+            raise Problem(
+                f"{setting} = {name!r}: it has {n_outputs} outputs, but its config.json does not "
+                f'name its labels. Write "id2label": {{{names}}} into it, with a name for each.'
+            )
 
 
 def check_architecture(config, name, setting):
@@ -1081,7 +1119,7 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
         raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
     with as_problem(
         f"the tokenizer in {name!r} cannot be loaded",
-        f"If a package is missing: pip install fugashi unidic-lite. Else: {advice}",
+        lambda reason: missing_package_advice(reason) or advice,
     ):
         saved_config = get_tokenizer_config(name)
         forbid_outside_dictionaries(saved_config)
@@ -1097,6 +1135,30 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
     if role == "teacher":
         warn_if_tokenizer_guessed(tokenizer, name, saved_config, config)
     return tokenizer
+
+
+# what a library calls a package that a tokenizer needs → what to install
+TOKENIZER_PACKAGES = {
+    "ipadic": "ipadic",
+    "unidic_lite": "unidic-lite",
+    "unidic": "unidic",
+    "fugashi": "fugashi unidic-lite",
+    "sudachi": "sudachipy sudachidict_core",
+    "rhoknp": "rhoknp (it calls Juman++: install that, too)",
+    "sentencepiece": "sentencepiece",
+    "tiktoken": "tiktoken",
+    "protobuf": "protobuf",
+}
+
+
+def missing_package_advice(reason):
+    """Return what to install, if the error of a library says that a package is missing."""
+    if not re.search("install|No module named|not found in your environment", reason):
+        return None
+    for name, packages in TOKENIZER_PACKAGES.items():
+        if name in reason.lower():
+            return f"pip install {packages}"
+    return None
 
 
 def fit_to_model(tokenizer, config):
@@ -1214,9 +1276,7 @@ def load_model(name, setting="TEACHER", config=None):
     other labels; the head then starts random.
     """
     is_teacher = setting == "TEACHER"
-    with as_problem(
-        f"{setting} = {name!r}: its weights cannot be loaded", "Copy or save the model again"
-    ):
+    with as_problem(f"{setting} = {name!r}: its weights cannot be loaded", weights_advice):
         config = config or load_config(name, setting)
         model, info = classifier_class(config).from_pretrained(
             name,
@@ -1246,11 +1306,34 @@ def load_model(name, setting="TEACHER", config=None):
     return model.requires_grad_(not is_teacher)
 
 
+def weights_advice(reason):
+    """Return what to do if transformers cannot load a file of weights."""
+    if "Weights only load failed" in reason:
+        return (
+            "The file holds a pickled model, which could run code and is not opened: load it where "
+            "you trust it, and save it with model.save_pretrained"
+        )
+    return "Copy or save the model again"
+
+
 def check_teacher_weights(name, model, missing, unused):
     """Raise Problem if the teacher's file lacks weights, or has layers that its config has not.
 
     transformers would only warn, and go on with random weights or without the layers.
     """
+    wrapped = [key for key in unused if key.startswith("module.")]
+    if missing and wrapped:
+        raise Problem(
+            f"TEACHER = {name!r}: the names of its weights begin with module. ({wrapped[0]}), as "
+            "DataParallel saves them. Save it anew with model.module.save_pretrained."
+        )
+    containers = [key for key in unused if key in ("state_dict", "model_state_dict", "model")]
+    if missing and containers:
+        raise Problem(
+            f"TEACHER = {name!r}: its file is a checkpoint that holds {short_list(unused)}, not "
+            f"weights alone. Load its {containers[0]!r} into the model, and save that with "
+            "model.save_pretrained."
+        )
     if missing:
         raise Problem(
             f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
@@ -1344,8 +1427,7 @@ def load_data(label2id=None):
     `labels` are numbers of the teacher's outputs.
     """
     splits = read_splits(known_labels=set(label2id or ()))
-    for split, rows in splits.items():
-        check_columns(split, rows)
+    splits = {split: needed_columns(split, rows) for split, rows in splits.items()}
 
     # what the labels mean, decided over all splits
     names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
@@ -1354,7 +1436,7 @@ def load_data(label2id=None):
         splits[split] = validate_rows(rows, split, outputs_by_label[split], names)
 
     if "all" in splits:
-        splits = split_single_set(splits["all"], n_classes=len(names))
+        splits = split_single_set(splits["all"], names)
     if TRAIN_FRACTION < 1:
         with as_problem(
             f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"
@@ -1364,12 +1446,12 @@ def load_data(label2id=None):
     return splits, {name: number for number, name in enumerate(names)}
 
 
-def check_columns(split, rows):
-    """Raise Problem if a split has no rows, or lacks a column of texts and labels."""
+def needed_columns(split, rows):
+    """Return the columns of texts and labels; Problem if a split lacks one, or has no rows."""
     if len(rows) == 0:
         raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
     columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
-    refuse_missing_columns(f"DATA = {DATA!r}: {split}", columns, rows.column_names)
+    rows = take_columns(f"DATA = {DATA!r}: {split}", columns, rows)
     for name in columns:
         kind = rows.features[name]
         if name == SOFT_LABELS_COLUMN:
@@ -1380,13 +1462,22 @@ def check_columns(split, rows):
                 f"DATA = {DATA!r}: column {name} of {split} holds {kind}; accepted are texts and "
                 "numbers."
             )
+    return rows
 
 
-def split_single_set(rows, n_classes):
-    """Split one data set 80/10/10 into train, val and test."""
-    with as_problem(
-        f"DATA = {DATA!r}: cannot be cut into train, val and test", "Give more rows of each label"
-    ):
+def split_single_set(rows, names):
+    """Split one data set 80/10/10 into train, val and test; names: the label names, by number."""
+    n_classes = len(names)
+
+    def advice(reason):
+        counts = Counter(column_array(rows, "labels").tolist())
+        rare = [f"{names[label]} {n_rows}" for label, n_rows in counts.most_common()[:-6:-1]]
+        return (
+            f"Of {len(rows):,} rows the rarest labels have: {', '.join(rare)}. Give ten rows or "
+            "more of each label, or files of your own for train, val and test"
+        )
+
+    with as_problem(f"DATA = {DATA!r}: cannot be cut into train, val and test", advice):
         train_rows, other_rows = split_rows(rows, 0.2, n_classes)
         val_rows, test_rows = split_rows(other_rows, 0.5, n_classes)
     log(
@@ -1407,8 +1498,12 @@ def log_label_counts(splits, names):
     """Say how many texts there are, and note labels that no training text has."""
     counts = np.bincount(column_array(splits["train"], "labels"), minlength=len(names))
     sizes = " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items())
-    by_label = ", ".join(f"{count:,} {name}" for name, count in zip(names, counts, strict=True))
-    log("data", f"{DATA}: {sizes}; train has {by_label}")
+    by_label = [f"{count:,} {name}" for name, count in zip(names, counts, strict=True)]
+    if len(names) > 10:  # the most and the least frequent are enough
+        order = np.argsort(-counts, kind="stable")
+        by_label = [by_label[number] for number in order]
+        by_label = [f"{len(names)} labels: {', '.join(by_label[:3])}, …", *by_label[-3:]]
+    log("data", f"{DATA}: {sizes}; train has {', '.join(by_label)}")
 
     absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if len(absent) == len(names) - 1:
@@ -1434,7 +1529,7 @@ def read_splits(known_labels):
 
     # one file
     if path.is_file():
-        if path.suffix.lower() == ".txt":
+        if file_kind(path) == ".txt":
             raise Problem(
                 f"DATA = {DATA!r}: a .txt file has no labels. Accepted are "
                 f"{', '.join(LABELED_KINDS)}; texts without labels are named in UNLABELED."
@@ -1445,13 +1540,17 @@ def read_splits(known_labels):
     files = labeled_files(path) if path.is_dir() else {}
     is_saved_dataset = path.is_dir() and {"state.json", "dataset_dict.json"} & set(os.listdir(path))
     if path.is_dir() and not is_saved_dataset:
+        if not files and (path / "data").is_dir():  # as the hub lays it out
+            path = path / "data"
+            files = labeled_files(path)
         refuse_duplicate_splits(files)
         if DATA != "tests/sample":
             report_unread_files(DATA, path, [file for group in files.values() for file in group])
-        found = list(files)
-        splits = {
-            split: read_file(group[0], columns, known_labels) for split, group in files.items()
-        }
+        found = list(files) or sorted(os.listdir(path))
+        splits = {}
+        for split, group in files.items():
+            parts = [read_file(file, columns, known_labels) for file in group]
+            splits[split] = datasets.concatenate_datasets(parts)
     else:
         loaded = load_dataset_from_library(path, files)
         if not isinstance(loaded, dict):
@@ -1470,7 +1569,7 @@ def read_splits(known_labels):
     if missing:
         raise Problem(
             f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: "
-            f"{', '.join(found) or 'nothing'}). Add it ({', '.join(LABELED_KINDS)}), or set DATA "
+            f"{short_list(found) or 'nothing'}). Add it ({', '.join(LABELED_KINDS)}), or set DATA "
             "to one single file, which is cut into the three."
         )
     return {split: splits[split] for split in SPLITS}
@@ -1490,21 +1589,51 @@ def load_dataset_from_library(path, files):
     with as_problem(
         f"DATA = {DATA!r}: no such file or folder, and no data set to load",
         f"Name a folder with train, val and test files ({', '.join(LABELED_KINDS)}), a single "
-        "file, or a hub data set",
+        "file, or a hub data set (with a configuration: org/name:configuration)",
     ):
         forbid_outside_paths(path)
-        loaded = datasets.load_from_disk(DATA) if path.is_dir() else datasets.load_dataset(DATA)
+        if path.is_dir():
+            loaded = datasets.load_from_disk(DATA)
+        else:
+            name, _, configuration = DATA.partition(":")
+            loaded = datasets.load_dataset(name, configuration or None)
     return loaded.with_format(None)  # a format such as "torch" was for its last user
 
 
 def labeled_files(folder):
-    """Return {split: its files}, by their names."""
-    files = defaultdict(list)
+    """Return {split: its files} by their names; more than one only if they are shards.
+
+    Names are those of the splits. Where no file has such a name, those that begin with one count:
+    train-v1.1.json, or train-00000-of-00002.parquet, a shard of a hub data set.
+    """
+    exact, longer = defaultdict(list), defaultdict(list)
     for file in sorted(folder.iterdir()):
-        split = SPLIT_OF.get(file.stem.lower())
-        if split and file.suffix.lower() in LABELED_KINDS:
-            files[split].append(file)
-    return files
+        if file_kind(file) not in LABELED_KINDS or file.name.startswith("."):
+            continue
+        stem = file.name.lower().removesuffix(".gz").removesuffix(file_kind(file))
+        if stem in SPLIT_OF:
+            exact[SPLIT_OF[stem]].append(file)
+        elif (first_word := re.split(r"[-_.]", stem)[0]) in SPLIT_OF:
+            longer[SPLIT_OF[first_word]].append(file)
+    if not exact:
+        for split, group in longer.items():
+            log("data", f"{split} is {short_list([file.name for file in group])}")
+    return exact or longer
+
+
+def are_shards(files):
+    """Whether files are all the shards of one set; Problem if one of them is missing."""
+    pattern = r"(.+)-(\d{5})-of-(\d{5})\.\w+(\.gz)?"
+    parts = [re.fullmatch(pattern, file.name) for file in files]
+    if not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+        return False
+    n_shards = int(parts[0][3])
+    if [int(part[2]) for part in parts] != list(range(n_shards)):
+        raise Problem(
+            f"DATA = {DATA!r}: of the {n_shards} parts of {parts[0][1]} only {len(files)} are "
+            "there. Add the others."
+        )
+    return True
 
 
 def report_unread_files(name, folder, files):
@@ -1519,7 +1648,8 @@ def report_unread_files(name, folder, files):
 def refuse_duplicate_splits(groups):
     """Raise Problem if more than one file, or split of a data set, is for train, val or test."""
     for split, members in groups.items():
-        if len(members) > 1:
+        is_one_set = isinstance(members[0], Path) and are_shards(members)
+        if len(members) > 1 and not is_one_set:
             names = [member.name if isinstance(member, Path) else member for member in members]
             raise Problem(
                 f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them."
@@ -1548,13 +1678,13 @@ def read_file(path, columns, known_labels=frozenset()):
     with the line, where it is not certain what the rows and fields are.
     known_labels: the teacher's label names, by which a row is told from a line of a text.
     """
-    kind = path.suffix.lower()
+    kind = file_kind(path)
     with as_problem(
         f"{path}: cannot be read",
         f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, in UTF-8 "
-        "or CP932",
+        "or CP932; all but .parquet also as .gz",
     ):
-        if kind == ".parquet":
+        if path.suffix.lower() == ".parquet":
             if pyarrow.parquet.read_metadata(path).num_rows == 0:
                 raise ValueError("it has no rows")
             return datasets.load_dataset(
@@ -1603,7 +1733,8 @@ def string_array(values):
 
 def other_encoding(path):
     """Return the encoding of a file that is not UTF-8; ValueError where it might be another."""
-    content = path.read_bytes()
+    with open_bytes(path) as file:
+        content = file.read()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
 
@@ -1638,13 +1769,28 @@ def other_encoding(path):
     return "cp932"
 
 
-def refuse_jis(file):
-    """Raise ValueError for JIS (ISO-2022-JP), which is all ASCII and would pass for UTF-8."""
-    if os.fstat(file.fileno()).st_size == 0:
-        return
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"\x1b$") >= 0 or content.find(b"\x1b(") >= 0:
-            raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
+def file_kind(path):
+    """Return the kind of a data file: its suffix, in small letters, without that of gzip."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def open_bytes(path):
+    """Open a file, or what gzip has packed in a .gz, to read bytes."""
+    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def open_text(path, encoding, newline=None):
+    """Open a file as `open` does, also a .gz.
+
+    ValueError for JIS (ISO-2022-JP), which is all ASCII and would pass for UTF-8.
+    """
+    with open_bytes(path) as file:
+        end = b""
+        while part := file.read(1 << 20):
+            if b"\x1b$" in end + part or b"\x1b(" in end + part:
+                raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
+            end = part[-1:]
+    return io.TextIOWrapper(open_bytes(path), encoding, newline=newline)
 
 
 def csv_rows(path, encoding, columns, known_labels):
@@ -1653,7 +1799,7 @@ def csv_rows(path, encoding, columns, known_labels):
     Problem for a row with more or fewer fields than the header, and for a quotation mark that
     seems to open a field by mistake: every row up to the next mark would end up in that field.
     """
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    separator = "\t" if file_kind(path) == ".tsv" else ","
     character = "tab" if separator == "\t" else "comma"
     advice = (
         f'A text with a {character}, a line break or a " in it must stand in quotes, and a " in it '
@@ -1662,8 +1808,7 @@ def csv_rows(path, encoding, columns, known_labels):
     csv.field_size_limit(sys.maxsize)
     seen_labels = set()
     spanning = []  # of each row over several lines: (its first line, its content)
-    with open(path, encoding=encoding, newline="") as file:
-        refuse_jis(file)
+    with open_text(path, encoding, newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
             header = next(reader, None)
@@ -1728,8 +1873,30 @@ def column_positions(path, header, columns):
             raise Problem(
                 f"{path} has more than one column {name!r}. Rename or remove all but one."
             )
-    refuse_missing_columns(path, columns, header)
-    return [header.index(name) for name in columns]
+    spelled = find_columns(path, columns, header)
+    return [header.index(spelled[name]) for name in columns]
+
+
+def take_columns(where, columns, rows):
+    """Return these columns of a data set, under the names of the settings."""
+    spelled = find_columns(where, columns, rows.column_names)
+    rows = rows.select_columns([*spelled.values()])
+    return rows.rename_columns({name: column for column, name in spelled.items() if name != column})
+
+
+def find_columns(where, columns, found):
+    """Return {column: its name among those found}; Problem if one is missing.
+
+    A name is looked up as it is written, then without spaces around it and in one Unicode form.
+    """
+    spelled = {}
+    for column in columns:
+        matches = [name for name in found if canonical_name(str(name)) == canonical_name(column)]
+        if column in found or len(matches) == 1:
+            spelled[column] = column if column in found else matches[0]
+    missing = [column for column in columns if column not in spelled]
+    refuse_missing_columns(where, missing, found)
+    return spelled
 
 
 def refuse_missing_columns(where, columns, found):
@@ -1752,8 +1919,7 @@ def refuse_missing_columns(where, columns, found):
 
 def json_rows(path, encoding, columns, known_labels):
     """Yield the rows of a .json or .jsonl file: a list of objects, or one object per line."""
-    with open(path, encoding=encoding) as file:
-        refuse_jis(file)
+    with open_text(path, encoding) as file:
         first_line = next((line.strip() for line in file if line.strip()), "")
         file.seek(0)
         if first_line.startswith("["):
@@ -1762,6 +1928,7 @@ def json_rows(path, encoding, columns, known_labels):
             unit, objects = "line", json_lines(path, file)
 
         unseen = set(columns)  # columns that no row has had so far
+        keys = {name: name for name in columns}  # column → its name in the file
         first_names = ()
         for number, row in objects:
             where = f"{path}, {unit} {number}"
@@ -1769,22 +1936,36 @@ def json_rows(path, encoding, columns, known_labels):
                 fields = ", ".join(f'"{name}": …' for name in columns)
                 raise Problem(f"{where}: no object. Accepted is one such as {{{fields}}}.")
             if unseen:
-                unseen = unseen - row.keys()
+                for key in row.keys() - set(columns):
+                    for name in unseen:
+                        if canonical_name(key) == canonical_name(name):
+                            keys[name] = key
+                unseen = {name for name in unseen if keys[name] not in row}
                 first_names = first_names or row.keys()
-            values = [row.get(name) for name in columns]
+            values = [row.get(keys[name]) for name in columns]
             for value in values:
                 if type(value) is not str:  # the rare case, kept out of the common one
-                    values = [json_text(where, row, name) for name in columns]
+                    values = [json_text(where, row.get(keys[name]), name) for name in columns]
                     break
             yield values
         if first_names:
             missing = [name for name in columns if name in unseen]
+            refuse_rows_in_a_field(path, row, missing)
             refuse_missing_columns(path, missing, first_names)
 
 
-def json_text(where, row, name):
+def refuse_rows_in_a_field(path, row, missing):
+    """Raise Problem if a JSON object without the columns has a field that is a list of rows."""
+    for key, value in row.items():
+        if missing and isinstance(value, list) and value and isinstance(value[0], dict):
+            raise Problem(
+                f"{path} has no column {', '.join(missing)}, but a field {key!r} that is a list of "
+                "objects. Write this list alone into the file."
+            )
+
+
+def json_text(where, value, name):
     """Return a field of a JSON object: a text, or a label as text; None if it is neither."""
-    value = row.get(name)
     if name == SOFT_LABELS_COLUMN and isinstance(value, list):
         return json.dumps(value)
     if isinstance(value, dict | list):
@@ -1822,8 +2003,7 @@ def json_lines(path, file):
 def text_rows(path, encoding, columns, known_labels):
     """Yield the rows of a .txt file: one text per line."""
     refuse_missing_columns(path, columns[1:], ["its lines"])
-    with open(path, encoding=encoding) as file:
-        refuse_jis(file)
+    with open_text(path, encoding) as file:
         for line in file:
             yield [line.rstrip("\n")]
 
@@ -1914,29 +2094,38 @@ def label_text(label):
     return "" if label is None or label != label else str(label)
 
 
-def without_trailing_zero(label):
-    """Return "1" for "1.0", which pandas writes where another label is missing; else the label."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", label)
+def canonical_label(label):
+    """Return a label without what does not tell labels apart.
+
+    That is white space around it; its Unicode form, which is another in names of a Mac's folders;
+    and the ".0" of a number, which pandas writes where another label is missing.
+    """
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", canonical_name(label))
+
+
+def canonical_name(name):
+    """Return a name without white space around it, in the Unicode form NFC."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def label_lookup(names):
     """Return a function from a label, as it is written, to its position in `names`, or None.
 
-    A label is looked up exactly as it is written, then by its value: "1" and "1.0" are the same
-    number, and "1" is "True" where the names are True and False.
+    A label is looked up exactly as it is written, then by its value (see `canonical_label`): "1"
+    and "1.0" are the same number, and "1" is "True" where the names are True and False.
     """
     exact = {}
     by_value = {}
     by_lower_case = {}
     for position, name in enumerate(names):
         exact[name] = position
-        by_value[without_trailing_zero(name)] = position
+        by_value[canonical_label(name)] = position
         by_lower_case[name.casefold()] = position
     if by_lower_case.keys() == {"true", "false"}:
         by_value |= {"1": by_lower_case["true"], "0": by_lower_case["false"]}
 
     def find(label):
-        return exact.get(label, by_value.get(without_trailing_zero(label)))
+        return exact.get(label, by_value.get(canonical_label(label)))
 
     return find
 
@@ -1947,7 +2136,7 @@ def new_label_names(splits):
     found = set()
     for rows in splits.values():
         for label in rows.unique(LABEL_COLUMN):
-            found.add(without_trailing_zero(label_text(label)))
+            found.add(canonical_label(label_text(label)))
     found.discard("")
     names = class_names or sorted(found)
     if not 2 <= len(names) <= 1000:
@@ -3251,32 +3440,13 @@ def read_unlabeled(n_classes=None):
 
     n_classes: the number of soft labels of each, with SOFT_LABELS_COLUMN.
     """
-    path = Path(UNLABELED)
-    kinds = *LABELED_KINDS, ".txt"
-    files = []
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file.suffix.lower() in kinds and not file.name.startswith("."):  # ._x of a Mac
-                files.append(file)
-    if not files:
-        raise Problem(
-            f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted "
-            f"are {', '.join(kinds)}; .txt has a text a line."
-        )
-    if path.is_dir():
-        report_unread_files(UNLABELED, path, files)
-
     parts = []
     columns = [*text_columns(), *soft_label_columns()]
-    for file in files:
-        part = read_file(file, columns)
-        refuse_missing_columns(file, columns, part.column_names)
-        part = part.select_columns(columns)
+    for name, rows in unlabeled_parts(columns):
+        part = take_columns(name, columns, rows)
         if SOFT_LABELS_COLUMN:
             part, faults = parse_soft_labels(part, n_classes)
-            refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", file.name, faults)
+            refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", name, faults)
             part = part.select_columns([*text_columns(), "teacher_probabilities"])
         for column in text_columns():
             part = part.cast_column(column, datasets.Value("string"))
@@ -3299,6 +3469,35 @@ def read_unlabeled(n_classes=None):
         )
     rows = rows.select(valid)
     return rows.add_column("labels", [NO_LABEL] * len(rows))
+
+
+def unlabeled_parts(columns):
+    """Yield (name, rows) for each file of UNLABELED, or each split of a save_to_disk folder."""
+    path = Path(UNLABELED)
+    if path.is_dir() and {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
+        with as_problem(f"UNLABELED = {UNLABELED!r}: cannot be read", "Save it again"):
+            forbid_outside_paths(path)
+            loaded = datasets.load_from_disk(UNLABELED).with_format(None)
+        yield from loaded.items() if isinstance(loaded, dict) else [("the set", loaded)]
+        return
+
+    kinds = *LABELED_KINDS, ".txt"
+    files = []
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        for file in sorted(path.iterdir()):
+            if file_kind(file) in kinds and not file.name.startswith("."):  # ._x of a Mac
+                files.append(file)
+    if not files:
+        raise Problem(
+            f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted "
+            f"are {', '.join(kinds)}; .txt has a text a line."
+        )
+    if path.is_dir():
+        report_unread_files(UNLABELED, path, files)
+    for file in files:
+        yield file.name, read_file(file, columns)
 
 
 def make_word_splitter(tokenizer):
@@ -4559,6 +4758,7 @@ def load_student(folder, teacher=None, threshold=None):
     """
     folder = normalize_path(os.fspath(folder))
     model, tokenizer = load_saved(folder)
+    n_texts = texts_per_row(folder)
     asked_teacher = None
     if teacher is not None:
         asked_teacher = load_asked_teacher(teacher, threshold, folder, model, tokenizer)
@@ -4567,7 +4767,7 @@ def load_student(folder, teacher=None, threshold=None):
 
     def classify(texts):
         texts = [texts] if isinstance(texts, str) else list(texts)
-        answers = list(label_scores(model, tokenizer, encode_texts(tokenizer, texts)))
+        answers = list(label_scores(model, tokenizer, encode_texts(tokenizer, texts, n_texts)))
         return ask_teacher(answers, texts, *asked_teacher) if asked_teacher else answers
 
     return classify
@@ -4592,8 +4792,19 @@ def load_saved(folder):
     return model.eval(), tokenizer
 
 
-def encode_texts(tokenizer, texts):
-    """Return `encode` of a text, a list of texts, or a list of pairs; Problem for anything else."""
+def texts_per_row(folder):
+    """Return 2 if a student was trained on pairs of texts, 1 if not, None if it is unknown."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        settings = json.loads(Path(folder, "report.json").read_text("utf-8"))["settings"]
+        return 1 if settings["TEXT_PAIR_COLUMN"] is None else 2
+    return None
+
+
+def encode_texts(tokenizer, texts, n_texts=None):
+    """Return `encode` of a text, a list of texts, or a list of pairs; Problem for anything else.
+
+    n_texts: 1 or 2, if only texts or only pairs are accepted.
+    """
     if isinstance(texts, str):
         texts = [texts]
     rows = [[row] if isinstance(row, str) else row for row in texts]
@@ -4606,6 +4817,13 @@ def encode_texts(tokenizer, texts):
                 "accepted are a list of texts, or of pairs of texts, without half characters "
                 "(surrogates)."
             )
+    if len(rows[0]) != (n_texts or len(rows[0])):
+        raise Problem(
+            "the student was trained on pairs of texts: give both, in --predict with a tab between "
+            "them."
+            if n_texts == 2
+            else "the student was trained on single texts: give no pairs."
+        )
     columns = list(zip(*rows, strict=True))
     return encode(columns, tokenizer, tokenizer.model_max_length)
 
@@ -4641,13 +4859,15 @@ def show_predictions(texts):
         threshold = None if ASK_TEACHER == "auto" else ASK_TEACHER
         with contextlib.redirect_stdout(sys.stderr):  # notes are not answers
             asked_teacher = load_asked_teacher(name, threshold, OUTPUT, model, tokenizer)
+    n_texts = texts_per_row(OUTPUT)
+    is_pair = n_texts == 2 or TEXT_PAIR_COLUMN is not None
     n_answered = 0
     named_words = set()
     for lines in [texts] if texts else stdin_lines():
         lines = [line.rstrip("\n") for line in lines]
         valid_lines = list(itertools.takewhile(is_encodable, lines))
-        rows = [line.split("\t") if TEXT_PAIR_COLUMN else line for line in valid_lines]
-        encoded = encode_texts(tokenizer, rows)
+        rows = [line.split("\t") if is_pair else line for line in valid_lines]
+        encoded = encode_texts(tokenizer, rows, n_texts)
         answers = label_scores(model, tokenizer, encoded)
         if asked_teacher:
             answers = ask_teacher(answers, rows, *asked_teacher)
@@ -4658,7 +4878,7 @@ def show_predictions(texts):
                 columns.append(answer["by"])
             print(*columns, sep="\t", flush=True)
             if has_unknown and len(named_words) < 100:
-                text = line.replace("\t", " ") if TEXT_PAIR_COLUMN else line
+                text = line.replace("\t", " ") if is_pair else line
                 new_words = set(unknown_words(tokenizer, text)) - named_words
                 named_words |= new_words
                 if new_words:
@@ -4678,7 +4898,9 @@ def stdin_lines():
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     n_lines = 1 if sys.stdin.isatty() else 1000
-    while lines := list(itertools.islice(sys.stdin, n_lines)):
+    first_line = sys.stdin.readline().removeprefix("\ufeff")  # Windows' mark of UTF-8
+    stream = itertools.chain([first_line] if first_line else [], sys.stdin)
+    while lines := list(itertools.islice(stream, n_lines)):
         yield lines
 
 
@@ -4998,10 +5220,26 @@ def read_command_line(argv):
             metavar="…",
             help=f"{comment} [{globals()[name]}]".replace("%", "%%"),
         )
+    argv, texts = take_texts(sys.argv[1:] if argv is None else argv)
     options = vars(parser.parse_args(argv))
-    texts = options.pop("predict")
+    texts = texts or options.pop("predict")
+    options.pop("predict", None)
     changes = {name.upper(): parse_value(name.upper(), given) for name, given in options.items()}
     return changes, texts
+
+
+def take_texts(argv):
+    """Take the texts after --predict out of `argv`; return (the rest, texts).
+
+    They end at the next option. argparse would take a text that begins with "-" for one.
+    """
+    if "--predict" not in argv:
+        return argv, None
+    start = argv.index("--predict") + 1
+    end = start
+    while end < len(argv) and not re.fullmatch(r"-h|--[a-z-]+(=.*)?", argv[end], re.DOTALL):
+        end += 1
+    return [*argv[:start], *argv[end:]], argv[start:end]
 
 
 def documented_settings():
@@ -5051,6 +5289,10 @@ def normalize_path(path):
     path = os.path.expanduser(path)
     while len(path) > 1 and path.endswith((os.sep, os.sep + ".")):
         path = path[:-1]
+    if not os.path.exists(path):
+        for form in "NFC", "NFD":  # a Mac may have written the name in the other one
+            if os.path.exists(unicodedata.normalize(form, path)):
+                return unicodedata.normalize(form, path)
     return path
 
 
@@ -5142,7 +5384,10 @@ class Problem(Exception):
 
 @contextlib.contextmanager
 def as_problem(what, advice):
-    """Raise a library's error in this block as a Problem: what failed, why, and what to do."""
+    """Raise a library's error in this block as a Problem: what failed, why, and what to do.
+
+    advice: a text, or a function from the reason, as the library gives it, to a text.
+    """
     try:
         yield
     except Problem:
@@ -5151,8 +5396,12 @@ def as_problem(what, advice):
         problem = full_disk_problem(error)
         if problem is None:
             reason = str(error.__cause__ or error).strip() or type(error).__name__
+            reason = re.sub(r"\x1b\[[\d;]*m", "", reason)  # colours
             first_line = reason.splitlines()[0].rstrip(".:")
-            problem = Problem(f"{what}: {first_line}. {advice}.")
+            if len(first_line) > 300:
+                first_line = f"{first_line[:300]}…"
+            told = advice if isinstance(advice, str) else advice(reason)
+            problem = Problem(f"{what}: {first_line}. {told}.")
         raise problem from error
 
 

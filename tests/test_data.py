@@ -1,9 +1,11 @@
 """Data files, splits and labels: read is what the file has, or one message names the line."""
 
 import csv
+import gzip
 import io
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -189,9 +191,76 @@ def test_read_file_refuses_duplicate_column():
 
 
 def test_read_file_shows_spaces_in_column_names():
-    assert "has no column text; its columns are '', 'text ', label" in str(
-        read(",text ,label\n0,a,1\n")
+    assert "has no column text; its columns are '', 'texts ', label" in str(
+        read(",texts ,label\n0,a,1\n")
     )
+
+
+@pytest.mark.parametrize("header", [",text ,label", "0, text, label", "0,text\u3000,\tlabel"])
+def test_read_file_finds_columns_with_spaces_around_their_names(header):
+    assert read(f"{header}\n0,a,1\n") == [("a", "1")]
+
+
+def test_read_file_finds_columns_in_another_unicode_form(settings, data):
+    """A name typed in NFC, in a file of a Mac."""
+    settings.setattr(distill, "TEXT_COLUMN", "レビュー")
+    settings.setattr(distill, "LABEL_COLUMN", "ラベル")
+    header = [unicodedata.normalize("NFD", name) for name in ("レビュー", "ラベル")]
+    table = [("良い。", "positive"), ("悪い。", "negative")]
+    for split in "train", "val", "test":
+        (data / f"{split}.csv").unlink()
+    write_csv(data / "train.csv", table, header)
+    lines = [json.dumps(dict(zip(header, row)), ensure_ascii=False) + "\n" for row in table]
+    (data / "val.jsonl").write_text("".join(lines), "utf-8")
+    as_dicts = [dict(zip(header, row)) for row in table]
+    distill.datasets.Dataset.from_list(as_dicts).to_parquet(data / "test.parquet")
+    for found in load_splits(settings).values():
+        assert found["レビュー"][:] == ["良い。", "悪い。"] and found["labels"][:] == [1, 0]
+
+
+def test_find_columns_prefers_the_name_as_it_is_written():
+    assert distill.find_columns("x", ["text"], ["text ", "text"]) == {"text": "text"}
+    with pytest.raises(distill.Problem, match="has no column text"):  # which of the two?
+        distill.find_columns("x", ["text"], ["text ", " text"])
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl", ".json"])
+def test_read_file_reads_gzip(settings, data, kind):
+    expected = {split: rows.to_list() for split, rows in load_splits(settings).items()}
+    for split, n in ("train", 48), ("val", 16), ("test", 16):
+        path = data / f"{split}.csv"
+        path.unlink()
+        if kind in (".csv", ".tsv"):
+            write_csv(path, rows(split, n), delimiter="\t" if kind == ".tsv" else ",")
+            content = path.read_bytes()
+            path.unlink()
+        else:
+            table = [{"text": text, "label": label} for text, label in rows(split, n)]
+            lines = "\n".join(json.dumps(row) for row in table)
+            content = (json.dumps(table) if kind == ".json" else lines).encode()
+        (data / f"{split}{kind}.gz").write_bytes(gzip.compress(content))
+    assert {split: rows.to_list() for split, rows in load_splits(settings).items()} == expected
+
+
+def test_read_file_reads_one_gzip_file_in_cp932(settings, tmp_path):
+    table = "".join(f"文{number},{number % 2}\n" for number in range(40))
+    Path("all.csv.gz").write_bytes(gzip.compress(f"text,label\n{table}".encode("cp932")))
+    splits = load_splits(settings, DATA="all.csv.gz")
+    assert sum(map(len, splits.values())) == 40
+    Path("all.csv.gz").write_bytes(gzip.compress("text,label\n文,0\n".encode("iso2022_jp")))
+    with pytest.raises(distill.Problem, match="all.csv.gz: cannot be read: it is JIS"):
+        load_splits(settings, DATA="all.csv.gz")
+    Path("all.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(distill.Problem, match="all.csv.gz: cannot be read"):
+        load_splits(settings, DATA="all.csv.gz")
+
+
+@pytest.mark.parametrize("size", [(1 << 20) - 20, (1 << 20) - 19, (1 << 20) - 18])
+def test_open_text_finds_jis_across_parts(tmp_path, size):
+    path = tmp_path / "jis.txt"
+    path.write_bytes(b"x" * (size + 18) + "文".encode("iso2022_jp"))
+    with pytest.raises(ValueError, match="JIS"):
+        distill.open_text(path, "utf-8")
 
 
 def test_read_file_reads_text_of_a_megabyte():
@@ -325,7 +394,7 @@ def test_read_file_equals_json_module_or_refuses(table, bom, ascii, form, junk):
         ),
         (
             '{"version": 1, "data": [{"text": "a", "label": 0}]}',
-            "data.jsonl has no column text, label; its columns are version, data",
+            "data.jsonl has no column text, label, but a field 'data' that is a list of objects",
         ),
     ],
 )
@@ -448,7 +517,9 @@ def test_read_splits_refuses_missing_split(teacher, data, fails, name):
 def test_read_splits_refuses_folder_without_data(teacher, fails):
     Path("data").mkdir()
     Path("data/notes.txt").write_text("x")
-    assert "has no train, no val or validation or valid or dev, no test (found: nothing)" in fails()
+    assert (
+        "has no train, no val or validation or valid or dev, no test (found: notes.txt)" in fails()
+    )
 
 
 def test_read_splits_takes_no_txt_or_dot_file_as_labeled_data(teacher, data, run, fails):
@@ -849,7 +920,7 @@ def test_new_label_names_are_those_of_the_data(written, names, numbers):
 
 
 def test_new_label_names_refuses_labels_that_look_alike():
-    for one, other in ("positive", "positive "), ("Good", "good"), ("１", "1"):
+    for one, other in ("Good", "good"), ("１", "1"):
         assert "look like one label. Write them alike" in labels_of(None, train=[one, other, "x"])
     assert labels_of(None, train=["none", "some"])["names"] == ["none", "some"]
 
@@ -939,3 +1010,99 @@ def test_check_class_labels_refuses_mixture_with_plain_numbers():
     distill.DATA = "saved"
     with pytest.raises(distill.Problem, match="the class label 0 of train is named 'positive'"):
         distill.load_data({"negative": 0, "positive": 1})
+
+
+def test_match_labels_in_one_unicode_form_and_without_spaces():
+    """Labels that are names of a Mac's folders, or follow a comma and a space."""
+    names = ["グルメ", "その他"]
+    found = labels_of(names, train=[unicodedata.normalize("NFD", "グルメ"), " その他 ", "グルメ"])
+    assert found["train"] == [0, 1, 0]
+    found = labels_of(
+        None, train=["グルメ", unicodedata.normalize("NFD", "グルメ"), "その他", " その他"]
+    )
+    assert found["names"] == ["その他", "グルメ"] and found["train"] == [1, 1, 0, 0]
+
+
+# ── Layouts of folders, and of the hub ──
+
+
+def write_parquet(path, table):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"text": text, "label": label} for text, label in table]
+    distill.datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+def test_read_splits_reads_folder_as_the_hub_lays_it_out(settings):
+    for split, n in ("train", 48), ("validation", 16), ("test", 16):
+        table = rows("val" if split == "validation" else split, n)
+        half = n // 2
+        for number, part in enumerate((table[:half], table[half:])):
+            write_parquet(Path(f"set/data/{split}-0000{number}-of-00002.parquet"), part)
+    Path("set/README.md").write_text("x")
+    splits = load_splits(settings, DATA="set")
+    assert splits["train"]["text"][:] == [text for text, _ in rows("train", 48)]
+    assert [len(rows) for rows in splits.values()] == [48, 16, 16]
+    Path("set/data/train-00001-of-00002.parquet").unlink()
+    with pytest.raises(distill.Problem, match="of the 2 parts of train only 1 are there"):
+        load_splits(settings, DATA="set")
+
+
+def test_read_splits_reads_names_of_jglue(settings, capsys):
+    for split, n in ("train", 48), ("valid", 16), ("test", 16):
+        table = rows("val" if split == "valid" else split, n)
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in table]
+        Path("set").mkdir(exist_ok=True)
+        Path(f"set/{split}-v1.1.json").write_text("".join(lines), "utf-8")
+    assert len(load_splits(settings, DATA="set")["val"]) == 16
+    assert "val is valid-v1.1.json" in capsys.readouterr().out
+    Path("set/train-v1.0.json").write_text("".join(lines), "utf-8")
+    with pytest.raises(distill.Problem, match="train-v1.0.json and train-v1.1.json are both for"):
+        load_splits(settings, DATA="set")
+
+
+def test_labeled_files_prefers_exact_names(settings, data):
+    write_csv(data / "train-old.csv", rows("train", 3))
+    assert len(load_splits(settings)["train"]) == 48
+
+
+def test_load_dataset_from_library_takes_a_configuration(settings, monkeypatch):
+    asked = []
+
+    def load_dataset(*given, **more):
+        asked.append(given)
+        table = [{"text": text, "label": label} for text, label in rows("train", 20)]
+        return distill.datasets.DatasetDict(
+            {
+                split: distill.datasets.Dataset.from_list(table)
+                for split in ("train", "validation", "test")
+            }
+        )
+
+    monkeypatch.setattr(distill.datasets, "load_dataset", load_dataset)
+    assert len(load_splits(settings, DATA="org/name:config")["val"]) == 20
+    load_splits(settings, DATA="org/name")
+    assert asked == [("org/name", "config"), ("org/name", None)]
+
+
+def test_split_single_set_names_rare_labels(settings):
+    table = [(f"文{number}", "negative" if number < 6 else "positive") for number in range(200)]
+    write_csv("all.csv", table)
+    with pytest.raises(distill.Problem) as problem:
+        load_splits(settings, DATA="all.csv")
+    assert "Of 200 rows the rarest labels have: negative 6, positive 194. Give ten" in str(
+        problem.value
+    )
+
+
+def test_log_label_counts_names_few_of_many_labels(settings, capsys):
+    Path("data").mkdir()
+    names = [f"label{number:03}" for number in range(150)]
+    for split in "train", "val", "test":
+        table = [(f"文{n}", name) for n, name in enumerate([*names, *names[:2], names[1]])]
+        write_csv(f"data/{split}.csv", table)
+    settings.setattr(distill, "DATA", "data")
+    distill.make_cache()
+    distill.load_data(dict(zip(names, range(150))))
+    printed = capsys.readouterr().out
+    assert "train has 150 labels: 3 label001, 2 label000, 1 label002, …, 1 label147, " in printed
+    assert len(printed) < 400

@@ -20,6 +20,7 @@ from conftest import (
     rows,
     save_model,
     tiny_model,
+    write_csv,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +31,33 @@ from transformers import (
 import distill
 
 # ── load_student ──
+
+
+def test_load_student_knows_whether_it_was_trained_on_pairs(teacher, data, run, capsys):
+    run("--epochs", "1")
+    with pytest.raises(distill.Problem, match="trained on single texts: give no pairs"):
+        distill.load_student("distilled_model")([("良い", "悪い")])
+    for split, n in ("train", 48), ("val", 16), ("test", 16):
+        table = [(text, label, text) for text, label in rows(split, n)]
+        write_csv(data / f"{split}.csv", table, ("text", "label", "second"))
+    run("--epochs", "1", "--text-pair-column", "second")
+    predict = distill.load_student("distilled_model")
+    with pytest.raises(distill.Problem, match="trained on pairs of texts: give both"):
+        predict(["良い"])
+    answer = predict([("良い", "悪い")])[0]
+    capsys.readouterr()
+    distill.main(["--text-pair-column", "None", "--predict", "良い\t悪い"])  # it knows by itself
+    assert capsys.readouterr().out == f"{answer['label']}\t{answer['score']:.4f}\n"
+    with pytest.raises(SystemExit, match="with a tab between"):
+        distill.main(["--text-pair-column", "None", "--predict", "良い"])
+
+
+def test_stdin_lines_drops_the_mark_of_windows(teacher):
+    texts = "良い。\r\n悪い。\r\n"
+    command = [sys.executable, str(ROOT / "distill.py"), "--output", str(teacher), "--predict"]
+    plain = subprocess.run(command, input=texts.replace("\r", "").encode(), capture_output=True)
+    marked = subprocess.run(command, input=b"\xef\xbb\xbf" + texts.encode(), capture_output=True)
+    assert plain.stdout and (marked.stdout, marked.stderr) == (plain.stdout, plain.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,16 @@ def test_train_fraction_refuses_too_small_share(teacher, data, fails):
 # ── UNLABELED ──
 
 
+def test_read_unlabeled_takes_saved_data_sets(teacher, data, run):
+    texts = [text for text, _ in rows("train", 70)[50:]]
+    parts = {"a": texts[:12], "b": texts[12:]}
+    parts = {split: distill.datasets.Dataset.from_dict({"text": t}) for split, t in parts.items()}
+    distill.datasets.DatasetDict(parts).save_to_disk("saved")
+    assert "48 + 20 unlabeled" in run("--unlabeled", "saved", "--epochs", "1")
+    parts["a"].save_to_disk("one")
+    assert "48 + 12 unlabeled" in run("--unlabeled", "one", "--epochs", "1")
+
+
 def test_read_unlabeled_skips_dot_files_and_ignores_case(teacher, data, run):
     Path("more").mkdir()
     texts = [text for text, _ in rows("train", 60)[48:]]

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,24 @@ BAD = {
 def test_check_settings_refuses_wrong_type_or_range(fails, name, value):
     message = fails(f"--{name.lower().replace('_', '-')}={value}")
     assert re.search(rf"\n  {name} = .*: must be .+", message) and message.count("\n") == 1
+
+
+def test_take_texts_takes_texts_that_begin_with_a_dash():
+    argv = ["--predict", "-5点", "--", "-h?", "- 悪い", "--output", "out"]
+    changes, texts = distill.read_command_line(argv)
+    assert changes == {"OUTPUT": "out"} and texts == ["-5点", "--", "-h?", "- 悪い"]
+    assert distill.read_command_line(["--predict"])[1] == []
+    assert distill.read_command_line(["--seed", "1"])[1] is None
+    with pytest.raises(SystemExit):  # a mistyped option is no text
+        distill.read_command_line(["--predict", "良い", "--outptu", "out"])
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_normalize_path_finds_the_other_unicode_form(form, other):
+    Path(unicodedata.normalize(form, "データ")).mkdir()
+    found = distill.normalize_path("./" + unicodedata.normalize(other, "データ"))
+    assert os.path.isdir(found)
+    assert distill.normalize_path("./ない") == "./ない"
 
 
 def test_documented_settings_need_no_comment(tmp_path, monkeypatch):

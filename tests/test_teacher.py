@@ -233,11 +233,26 @@ def test_load_tokenizer_refuses_folder_without_and_names_fix(data, fails, run):
     assert Path("distilled_model/vocab.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "reason, packages",
+    [
+        ("The ipadic dictionary is not installed. See …", "ipadic"),
+        ("You need to install sudachipy to use SudachiTokenizer.", "sudachipy sudachidict_core"),
+        ("You need to install rhoknp to use JumanppTokenizer.", "rhoknp (it calls Juman++"),
+        ("requires the protobuf library but it was not found in your environment", "protobuf"),
+        ("No module named 'fugashi'", "fugashi unidic-lite"),
+    ],
+)
+def test_missing_package_advice_names_what_the_library_names(reason, packages):
+    assert distill.missing_package_advice(reason).startswith(f"pip install {packages}")
+    assert distill.missing_package_advice("its vocabulary is of ipadic, broken") is None
+
+
 @pytest.mark.parametrize("package", ["fugashi", "unidic_lite"])
 def test_load_tokenizer_names_missing_package(teacher, data, fails, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = fails()
-    assert package in message and "pip install fugashi unidic-lite" in message
+    assert package in message and "pip install " in message and "unidic-lite" in message
 
 
 def test_load_tokenizer_refuses_max_length_beyond_positions(teacher, data, fails):
@@ -525,3 +540,58 @@ def test_warn_if_timed_on_other_hardware_logs_note(teacher, data, run, monkeypat
         "the teacher's seconds are from a run with another processor or number of threads"
         in notes(run("--epochs", "2"))
     )
+
+
+# ── Folders that hold something else than a model ──
+
+
+def test_refuse_missing_model_names_checkpoints(teacher, data, fails):
+    save_model(Path("trained/checkpoint-500"))
+    message = fails("--teacher", "trained")
+    assert "holds no model" in message and "checkpoints: trained/checkpoint-500" in message
+
+
+def test_refuse_missing_model_knows_peft_adapters(data, fails):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    assert "It is a PEFT adapter: merge it into" in fails("--teacher", "adapter")
+
+
+def test_refuse_incomplete_config_asks_for_model_type(teacher, data, fails):
+    edit_json(teacher / "config.json", model_type=None)
+    assert 'Write "model_type": "bert" into it' in fails()
+
+
+def test_refuse_incomplete_config_asks_for_labels(data, fails):
+    save_model(Path("three"), labels=("a", "b", "c"))
+    edit_json("three/config.json", id2label=None, label2id=None)
+    message = fails("--teacher", "three")
+    assert "it has 3 outputs, but its config.json does not name its labels" in message
+    assert '"id2label": {"0": "…", "1": "…", "2": "…"}' in message
+
+
+def resave_weights(teacher, change):
+    """Replace a teacher's weights by change(weights) in pytorch_model.bin."""
+    weights = load_file(teacher / "model.safetensors")
+    (teacher / "model.safetensors").unlink()
+    torch.save(change(weights), teacher / "pytorch_model.bin")
+
+
+def test_check_teacher_weights_knows_data_parallel(teacher, data, fails):
+    resave_weights(teacher, lambda weights: {f"module.{key}": w for key, w in weights.items()})
+    message = fails()
+    assert "begin with module. (module.bert" in message
+    assert "model.module.save_pretrained" in message
+
+
+def test_check_teacher_weights_knows_checkpoints(teacher, data, fails):
+    resave_weights(teacher, lambda weights: {"epoch": 3, "model_state_dict": weights})
+    message = fails()
+    assert "is a checkpoint that holds" in message and "'model_state_dict'" in message
+
+
+def test_load_model_knows_pickled_models(teacher, data, fails):
+    resave_weights(teacher, lambda weights: tiny_model())
+    message = fails()
+    assert "pickled model, which could run code and is not opened" in message
+    assert "\x1b" not in message and len(message) < 500
