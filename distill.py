@@ -207,7 +207,10 @@ def add_soft_labels(data, teacher, collate_fn):
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
-    cache_path = Path(CACHE, f"teacher-{digest(teacher)}.pt")  # named after its weights
+    teacher_digest = digest(teacher)
+    # of other texts, or from another teacher, their answers would be cached for texts of these
+    check_same(teacher_digest, *(iter_batches(rows, "key") for rows in data.values()))
+    cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
     # run the teacher on the texts that are not in the cache
@@ -303,6 +306,7 @@ class CustomTrainer(Trainer):
     """
 
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
+    run_id_parts = ()  # what training depends on besides constants, data and `extra_state`
 
     def set_up_method(self, teacher, tokenizer):
         """Hook, called once before training: prepare what the method needs besides the student."""
@@ -336,18 +340,18 @@ class CustomTrainer(Trainer):
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(trainer, checkpoint_path, use_best_if_stopped=True, run_id_parts=()):
+def train(trainer, checkpoint_path, use_best_if_stopped=True):
     """Train, and return the history: a list with one dict per epoch (see `train_epoch`).
 
     Training stops after EPOCHS, after PATIENCE epochs without a lower validation loss, or on Ctrl-C
     (which is re-raised if no epoch has finished, if use_best_if_stopped is False, or if there are
     several processes). trainer.model then has the weights of the epoch with the lowest one.
 
-    Each epoch ends with a checkpoint. A run with the same run id, a hash of settings, data, weights
-    and run_id_parts, resumes from it, with a bit-identical result.
+    Each epoch ends with a checkpoint. A run with the same run id, a hash of settings, data and
+    weights, resumes from it, with a bit-identical result.
     """
     n_epochs = int(trainer.args.num_train_epochs)
-    run_id = training_run_id(trainer, run_id_parts)
+    run_id = training_run_id(trainer)
     with only_used_embeddings(trainer):  # embedding rows of unused tokens are out of the way
         checkpoint = start_or_resume(trainer, checkpoint_path, run_id)
         for epoch_record in checkpoint["history"]:  # replayed, to restore the early stopping
@@ -2611,7 +2615,7 @@ def run_teacher(rows, teacher, collate_fn, outputs, path):
     With several processes each runs the teacher on a part of the batches.
     """
     keys = torch.from_numpy(column_array(rows, "key"))
-    machine = machine_number()
+    own_machine = machine_number()
     parts = [outputs]
 
     def joined():
@@ -2631,10 +2635,10 @@ def run_teacher(rows, teacher, collate_fn, outputs, path):
             own_output = next(own_outputs, None)
             if own_output is not None:
                 row_numbers, (_, logits, seconds) = own_output
-                own_output = row_numbers, logits, seconds
+                own_output = row_numbers, logits, seconds, own_machine
             for output in gather_from_all(own_output):
                 if output is not None:
-                    row_numbers, logits, seconds = output
+                    row_numbers, logits, seconds, machine = output
                     n_texts = len(row_numbers)
                     part = {
                         "key": keys[row_numbers],
@@ -2668,10 +2672,8 @@ def warn_if_timed_on_other_hardware(outputs, path):
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
-# settings that do not decide what training gives
+# settings that do not decide what training gives; PATH_SETTINGS do not, either
 NOT_IN_RUN_ID = (
-    "OUTPUT",
-    "CACHE",
     "REPORT_TO",
     "EXPORT",
     "BASELINE",
@@ -2722,36 +2724,42 @@ def make_trainer(
     return trainer
 
 
-def training_run_id(trainer, run_id_parts):
+def training_run_id(trainer):
     """Return a hash of everything that affects what training gives: constants, data, weights.
 
-    run_id_parts: what else does, of the caller's. Raise Problem if the processes differ.
+    What files and folders hold is in the data and the weights; where they lie does not count, so
+    that a run resumes after it was moved. Raise Problem if the processes differ.
     """
     constants = {}
     for name, value in globals().items():
         is_plain = name.isupper() and isinstance(value, str | int | float | tuple | None)
         counts = is_plain or name in ACCEPTED or name in ("METHOD_TERMS", "GENERATOR_WEIGHTS")
-        if counts and name not in NOT_IN_RUN_ID:
+        if counts and name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
             constants[name] = value
-    run_id = digest(
+    parts = (
         constants,
-        *run_id_parts,
-        *trainer.extra_state().values(),
         trainer.args.num_train_epochs,
         trainer.args.learning_rate,
-        trainer.model,
         torch.__version__,
-        training_data(trainer),
     )
-    if len(set(gather_from_all(run_id))) > 1:
-        raise Problem("the processes have different settings, data or teachers. Give all the same.")
-    return run_id
+    # Computed numbers may differ in the last bit from one processor to another. Weights are those
+    # of the first process in any case (DDP), and soft labels as good as equal.
+    check_same(*parts, training_data(trainer, without={"soft_labels", "teacher_logits"}))
+    return on_main_process(
+        lambda: digest(
+            *parts,
+            *trainer.run_id_parts,
+            *trainer.extra_state().values(),
+            trainer.model,
+            training_data(trainer),
+        )
+    )
 
 
-def training_data(trainer):
+def training_data(trainer, without=frozenset()):
     """Yield the columns that training depends on, part by part."""
     for rows in trainer.train_dataset, trainer.eval_dataset:
-        columns = {*rows.column_names} - {"teacher_seconds", "teacher_layers"}
+        columns = {*rows.column_names} - {"teacher_seconds", "teacher_layers"} - without
         yield from iter_batches(rows, *sorted(columns))
 
 
@@ -3223,8 +3231,34 @@ def find_teacher():
     teacher_recipe: a dict of base, epochs, learning_rate, patience; None if the teacher is there.
     name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
-    if starts_without_teacher():
+    source = on_main_process(teacher_source)  # another machine may have other folders
+    if source == "none":
         return None, None
+    if source == "base":
+        refuse_teacher_elsewhere()
+        return TEACHER, {
+            "base": TEACHER_BASE,
+            "epochs": TEACHER_EPOCHS,
+            "learning_rate": TEACHER_LEARNING_RATE,
+            "patience": PATIENCE,
+        }
+    if source == "sample base":
+        base = Path(__file__).resolve().parent / DATA / "base"
+        recipe = {"base": str(base), "epochs": 6, "learning_rate": 1e-3, "patience": 6}
+        return sample_teacher_folder(), recipe
+    name = sample_teacher_folder() if source == "sample" else TEACHER
+    share_teacher(name)
+    return name, None
+
+
+def teacher_source():
+    """Return where the teacher comes from, and log it.
+
+    "none": there is no teacher. "ready": it is TEACHER. "base": it is to be made of TEACHER_BASE.
+    "sample", "sample base": it is the sample teacher, which is there, or is to be made.
+    """
+    if starts_without_teacher():
+        return "none"
     if os.path.exists(TEACHER):
         if TEACHER_BASE is not None:
             log(
@@ -3233,21 +3267,24 @@ def find_teacher():
                 f"{TEACHER_BASE}",
             )
         warn_if_sample_data()
-        return TEACHER, None
+        return "ready"
     if TEACHER_BASE is not None:
         log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
         warn_if_sample_data()
-        return TEACHER, {
-            "base": TEACHER_BASE,
-            "epochs": TEACHER_EPOCHS,
-            "learning_rate": TEACHER_LEARNING_RATE,
-            "patience": PATIENCE,
-        }
+        return "base"
 
     if stands_in_for_teacher():
-        return find_sample_teacher()
+        is_made = has_sample_teacher()
+        state = "(made before)" if is_made else "and is trained first (about a minute)"
+        separator = " " if is_made else ", "
+        log(
+            "teacher",
+            f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
+            f"{separator}{state}",
+        )
+        return "sample" if is_made else "sample base"
     warn_if_sample_data()
-    return TEACHER, None  # a hub name, or missing: `load_config` will tell
+    return "ready"  # a hub name, or missing: `load_config` will tell
 
 
 def stands_in_for_teacher():
@@ -3277,28 +3314,57 @@ def warn_if_sample_data():
         log("note", "DATA is still the sample; set it to your teacher's data")
 
 
-def find_sample_teacher():
-    """`find_teacher` for the sample."""
+def has_sample_teacher():
+    """Whether the sample teacher is made, and not damaged."""
     name = sample_teacher_folder()
-    is_made = load_with_checksum(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
-    state = "(made before)" if is_made else "and is trained first (about a minute)"
-    separator = " " if is_made else ", "
-    log(
-        "teacher",
-        f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
-        f"{separator}{state}",
-    )
-    if is_made:
-        return name, None
-    base = Path(__file__).resolve().parent / DATA / "base"
-    return name, {"base": str(base), "epochs": 6, "learning_rate": 1e-3, "patience": 6}
+    return load_with_checksum(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
+
+
+def refuse_teacher_elsewhere():
+    """Raise Problem if a machine has the TEACHER that the first one has not and is to make."""
+    for number, is_there in enumerate(gather_from_all(os.path.exists(TEACHER))):
+        if is_there:
+            raise Problem(
+                f"TEACHER = {TEACHER!r}: is not there for process 0, which would make it, but for "
+                f"process {number}. Copy it to the first machine, or delete it on the other."
+            )
+
+
+def share_teacher(name):
+    """Copy the teacher's folder from the first machine to those that do not have it.
+
+    name: where it lies, or is to lie, on this machine; a hub name is left to the hub. Only a sample
+    teacher is replaced where there is another one.
+    """
+    if world_size() == 1:
+        return
+    weights = f"{name}/model.safetensors"
+    is_sample = name == sample_teacher_folder()
+    if is_sample:
+        is_missing = file_digest(weights) != on_main_process(lambda: file_digest(weights))
+    else:
+        is_missing = not os.path.exists(name)
+    files = on_main_process(lambda: file_names(name))
+    if not files or not any(gather_from_all(is_missing)):
+        return
+
+    log("teacher", f"{name} is copied to the machines that do not have it")
+    writes = is_first_in(Path(os.path.realpath(name)).parent, counts=is_missing)
+    with replaced_folder(name) if writes else contextlib.nullcontext() as new:
+        for file_name in files:
+            with open(new / file_name if writes else os.devnull, "wb") as file:
+                for part in read_on_main_process(Path(name, file_name)):
+                    file.write(part)
+    if writes and is_sample:
+        save_with_checksum(f"{name}.sum", file_digest(weights))
+    wait_for_all()
 
 
 def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collate_fn):
     """Fine-tune a base model on the hard labels, with the epoch loop of the student; save it."""
     set_labels(config, label2id)
     transformers.set_seed(SEED)
-    is_sample = DATA == "tests/sample" and TEACHER_BASE is None
+    is_sample = TEACHER_BASE is None
     if is_sample:  # its base is a configuration without weights
         model = classifier_class(config)(config)
     else:
@@ -3322,6 +3388,7 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
         checkpoint_path.unlink()
 
     on_main_process(save)
+    share_teacher(name)
 
 
 # ── Option: a teacher that ran elsewhere ──────────────────────────────────────────────────────────
@@ -3902,6 +3969,8 @@ class MethodTrainer(CustomTrainer):
         self.terms = METHOD_TERMS[METHOD]
         if LOSS_WEIGHTS is not None:
             self.terms = dict(zip(self.terms, LOSS_WEIGHTS, strict=True))
+        self.n_tokens = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
+        self.run_id_parts = teacher, self.mask_token_id, sorted(special_ids), self.n_tokens
 
         # sorted by length: less padding where texts are taken in order
         rows = self.train_dataset
@@ -4081,7 +4150,6 @@ class MateTrainer(MethodTrainer):
 
     def set_up_method(self, teacher, tokenizer):
         super().set_up_method(teacher, tokenizer)
-        self.n_tokens = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
         if GENERATOR is None:
             self.generator = make_generator(self)
         else:
@@ -4956,8 +5024,8 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
         trainer = make_trainer(
             student, splits, collate_fn or collate, trainer_class, learning_rate=LEARNING_RATE
         )
-        run_id_parts = [teacher, *map(repr, terms)]
-        train(trainer, Path(CACHE, "distill.pt"), run_id_parts=run_id_parts)
+        trainer.run_id_parts = [teacher, *map(repr, terms)]
+        train(trainer, Path(CACHE, "distill.pt"))
     return student.eval()
 
 
@@ -5304,9 +5372,27 @@ def check_settings():
             faults.append(f"{name} = {globals()[name]!r}: must be {words}")
     if not faults:  # each is valid; do they go together?
         faults = [*folder_faults(), *column_faults(), *option_faults()]
+    refuse_faults(faults)
+    make_cache()
+
+
+def refuse_faults(faults):
+    """Raise one Problem for all faults of settings, if there are any."""
     if faults:
         raise Problem("\n  ".join(["these settings must be put right:", *faults]))
-    make_cache()
+
+
+def check_same_settings():
+    """Raise Problem if the processes have different settings. Their folders may lie elsewhere."""
+    own = {name: globals()[name] for name in ACCEPTED}
+    own |= {name: own[name] is None for name in PATH_SETTINGS}
+    settings = gather_from_all(own)
+    different = [name for name in own if any(other[name] != own[name] for other in settings)]
+    if different:
+        raise Problem(
+            f"the processes have different settings: {', '.join(different)}. Give all the same; "
+            "only folders and files may lie elsewhere."
+        )
 
 
 def column_faults():
@@ -5439,8 +5525,11 @@ CACHE_MARK = """Signature: 8a477f597d28d172789f06886806bc55
 
 def folder_faults():
     """Return what is wrong with the folders to write to: OUTPUT, CACHE, a TEACHER to be made."""
-    faults = output_faults()
-    written = {"OUTPUT": Path(os.path.realpath(OUTPUT)).parent, "CACHE": Path(CACHE)}
+    faults, written = [], {}
+    if rank() == 0:  # no other process writes OUTPUT
+        faults = output_faults()
+        written["OUTPUT"] = Path(os.path.realpath(OUTPUT)).parent
+    written["CACHE"] = Path(CACHE)
     if TEACHER_BASE is not None and not os.path.exists(TEACHER):
         written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
     for name, folder in written.items():
@@ -5532,18 +5621,32 @@ def scratch_folder():
     return folder
 
 
+def remove_scratch_folder():
+    folder = scratch_folder()
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # those of other processes are in it
+        folder.parent.rmdir()
+
+
 def prepare_folders():
     """Clear up after a run that was killed; refuse an OUTPUT that cannot be replaced."""
-    on_main_process(clear_temporary_files)
+    if is_first_in(CACHE):
+        clear_cache()
+    wait_for_all()
+    on_main_process(clear_output)
     on_main_process(check_output_replaceable)
 
 
-def clear_temporary_files():
-    """Remove what a killed run left half-written."""
+def clear_cache():
+    """Remove what a killed run left half-written in CACHE."""
     shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
     for path in Path(CACHE).glob("*.distill_new"):
         if path.is_file():
             path.unlink()
+
+
+def clear_output():
+    """Remove what a killed run left half-written elsewhere."""
     recover_folder(OUTPUT)
     if os.path.exists(TEACHER):  # it is made, and needs no lock any more
         Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
@@ -5577,13 +5680,12 @@ def check_output_replaceable():
 def run_lock():
     """In this block no other run can use the same CACHE, OUTPUT or TEACHER to be made.
 
-    The locks of a process that dies are released.
+    The locks of a process that dies are released. Only the first process makes OUTPUT and TEACHER.
     """
-    locks = {
-        "CACHE": Path(CACHE, "lock"),
-        "OUTPUT": Path(f"{os.path.realpath(OUTPUT)}.distill_lock"),
-    }
-    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
+    locks = {"CACHE": Path(CACHE, "lock")}
+    if rank() == 0:
+        locks["OUTPUT"] = Path(f"{os.path.realpath(OUTPUT)}.distill_lock")
+    if rank() == 0 and TEACHER_BASE is not None and not os.path.exists(TEACHER):
         locks["TEACHER"] = Path(f"{os.path.realpath(TEACHER)}.distill_lock")
     with contextlib.ExitStack() as stack:
         for name, path in locks.items():
@@ -5640,29 +5742,49 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_names(folder):
+    """Return the names of the files in a folder; those in folders within it do not count."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+
+
 def save_folder(folder, model, tokenizer, write_more=None):
-    """Write a model and its tokenizer; a kill leaves the whole old folder or the whole new one.
+    """Write a model and its tokenizer, as `replaced_folder` does.
 
     write_more: a function of the new folder, a Path, that adds files to it.
+    """
+    with (
+        as_problem(
+            f"{folder} cannot be written",
+            "What was saved before is still there; the same command goes on from here",
+        ),
+        replaced_folder(folder) as new,
+    ):
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if write_more:
+            write_more(new)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder):
+    """Yield a new folder, a Path, that then takes the place of `folder`.
+
+    A kill leaves the whole old folder or the whole new one.
     """
     real_folder = os.path.realpath(folder)  # a link stays; what it points to is replaced
     new, old = Path(f"{real_folder}.distill_new"), Path(f"{real_folder}.distill_old")
     recover_folder(folder)
     try:
-        with as_problem(
-            f"{folder} cannot be written",
-            "What was saved before is still there; the same command goes on from here",
-        ):
-            model.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            if write_more:
-                write_more(new)
-            for path in new.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            if os.path.exists(real_folder):
-                os.rename(real_folder, old)
-            os.rename(new, real_folder)
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if os.path.exists(real_folder):
+            os.rename(real_folder, old)
+        os.rename(new, real_folder)
     finally:
         recover_folder(folder)
 
@@ -5714,8 +5836,8 @@ def forbid_outside_paths(folder):
 def digest(*parts):
     """Return a short name for contents.
 
-    Of a module it is the name of its weights and configuration, of an iterator that of all it
-    yields, of any other value that of its repr.
+    Of a module it is the name of its weights and configuration, wherever it was loaded from; of an
+    iterator that of all it yields; of any other value that of its repr.
     """
     state = hashlib.sha256()
     for part in parts:
@@ -5726,13 +5848,16 @@ def digest(*parts):
                 config = {}
                 if isinstance(content, transformers.PreTrainedModel):
                     config = content.config.to_dict()
-                    config.pop("transformers_version", None)
+                    for name in "transformers_version", "_name_or_path":  # who saved it, and where
+                        config.pop(name, None)
                 content = config
             state.update(repr(content).encode("utf-8", "surrogatepass"))
     return state.hexdigest()[:24]
 
 
 # ── Processes: one, or several that share the work (torchrun, or accelerate with MPI) ─────────────
+
+BYTES_PER_PART = 2**24  # of a file that is sent to other machines
 
 
 def rank():
@@ -5761,6 +5886,51 @@ def gather_from_all(value):
     return gather_object([value])
 
 
+def wait_for_all():
+    """Return once every process has come here."""
+    PartialState(cpu=True).wait_for_everyone()
+
+
+def check_same(*parts):
+    """Raise Problem if `digest(*parts)` is not the same in all processes."""
+    if world_size() > 1 and len(set(gather_from_all(digest(*parts)))) > 1:
+        raise Problem(
+            "the processes have different settings, data, teachers or versions of PyTorch. Give "
+            "all the same."
+        )
+
+
+def read_on_main_process(path):
+    """Yield, in every process, what the file has in process 0, part by part."""
+    with open(path, "rb") if rank() == 0 else contextlib.nullcontext() as file:
+        while part := on_main_process(lambda: file.read(BYTES_PER_PART)):
+            yield part
+
+
+def is_first_in(folder, counts=True):
+    """Return whether this is the first of the processes that have the same folder on the same disk.
+
+    These may be all processes, or only those of a machine. All must call this at the same time.
+    counts: whether this process is one that may be the first.
+    """
+    if world_size() == 1:
+        return counts
+    # A process sees the marks of those that write to the same disk. One name after the other is
+    # looked up, as lists of files on a shared disk may be out of date.
+    token = on_main_process(lambda: os.urandom(8).hex())
+    marks = [Path(folder, f"{token}-{number}.distill_new") for number in range(world_size())]
+    if counts:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        marks[rank()].touch()
+    wait_for_all()
+    is_first = counts and not any(mark.exists() for mark in marks[: rank()])
+    wait_for_all()
+    if counts:
+        marks[rank()].unlink(missing_ok=True)
+    wait_for_all()
+    return is_first
+
+
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -5778,6 +5948,7 @@ def main(argv=None):
             return
         PartialState(cpu=True, timeout=timedelta(days=30))  # joins the other processes, if any
         on_main_process(check_settings)
+        check_same_settings()
         run_locked()
     except Problem as problem:
         where = "" if rank() == 0 else f", process {rank()}"
@@ -5820,14 +5991,19 @@ def quiet_for_users():
 
 
 def run_locked():
-    """`run`, with the locks in the first process; the others print nothing."""
-    if rank() == 0:
-        with run_lock():
-            run()
-            shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
-        return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """`run`, with the locks in the first process of each disk; only the first of all prints."""
+    is_first = is_first_in(CACHE)
+    if is_first and rank() != 0:  # `check_settings` has seen the disk of the first process only
+        refuse_faults(folder_faults())
+        make_cache()
+    with contextlib.ExitStack() as stack:
+        if is_first:
+            stack.enter_context(run_lock())
+        if rank() != 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         run()
+        remove_scratch_folder()
 
 
 if __name__ == "__main__":

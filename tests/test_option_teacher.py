@@ -53,7 +53,7 @@ def test_find_teacher_logs_teacher_that_is_there(teacher, data, run):
     )
 
 
-def test_find_sample_teacher_makes_damaged_one_anew(monkeypatch, run):
+def test_teacher_source_has_damaged_sample_teacher_made_anew(monkeypatch, run):
     monkeypatch.setattr(distill, "DATA", "tests/sample")
     Path(distill.CACHE).mkdir()
     name, recipe = distill.find_teacher()

@@ -1,5 +1,6 @@
 """Training: optimizer and schedule, early stopping, Ctrl-C, kill and resume."""
 
+import os
 import signal
 import subprocess
 import time
@@ -11,10 +12,12 @@ import torch
 from conftest import (
     history,
     interrupt_in,
+    labelled,
     notes,
     report,
     rows,
     save_generator,
+    save_model,
     script,
     tiny_model,
     write_csv,
@@ -261,7 +264,7 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
         with settings.context() as changed:
             for name, value in changes.items():
                 changed.setattr(distill, name, value)
-            return distill.training_run_id(trainer, ())
+            return distill.training_run_id(trainer)
 
     plain = run_id()
     assert run_id() == plain
@@ -276,5 +279,40 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
         {"BATCHES_PER_POOL": 3},
     ]
     assert len({plain, *(run_id(**changes) for changes in different)}) == len(different) + 1
-    for name in distill.NOT_IN_RUN_ID:
+    for name in (*distill.NOT_IN_RUN_ID, *distill.PATH_SETTINGS):
         assert run_id(**{name: "another"}) == plain
+    trainer.run_id_parts = [tiny_model(seed=1)]
+    with_teacher = run_id()
+    trainer.run_id_parts = [tiny_model(seed=2)]
+    assert len({plain, with_teacher, run_id()}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--unlabeled", "more", "--tokenizer", "finetuned_bert_japanese"],
+        ["--augment", "1", "--generator", "filler", "--student-init", "small"],
+        ["--method", "cilda", "--generator", "filler"],
+    ],
+)
+def test_training_run_id_is_the_same_in_another_place(data, run, monkeypatch, options):
+    """A run that was stopped goes on where its folders were moved to, by absolute names, too."""
+    save_model("finetuned_bert_japanese")
+    save_model("small", num_hidden_layers=1, seed=5)
+    save_generator("filler")
+    Path("more").mkdir()
+    write_csv("more/texts.csv", rows("test", 20))
+    Path("here").mkdir()
+    names = "finetuned_bert_japanese", "small", "filler", "more", "data"
+    for name in names:
+        os.rename(name, f"here/{name}")
+    monkeypatch.chdir("here")
+    run(*options, "--epochs", "2")
+    monkeypatch.chdir("..")
+    os.rename("here", "there")
+    paths = ["--data", "data", "--teacher", "finetuned_bert_japanese", "--cache", ".distill_cache"]
+    moved = [*options, *paths]
+    for name in (*names, ".distill_cache"):
+        moved = [str(Path("there", name).resolve()) if part == name else part for part in moved]
+    printed = run(*moved, "--epochs", "2")
+    assert "goes on after epoch 2" in printed and labelled(printed)[0] == 0
