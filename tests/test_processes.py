@@ -82,7 +82,14 @@ def test_check_settings_in_several_processes_reports_once(teacher, data):
         done.returncode
         and done.stderr.count("ALPHA = 7.0: must be") + done.stderr.count("ALPHA = 7: must be") == 1
     )
-    assert "METHOD = 'rail': runs in one process" in torchrun(2, "--method", "rail").stderr
+
+
+def test_option_faults_refuse_methods_in_several_processes(settings):
+    settings.setattr(distill, "world_size", lambda: 2)
+    settings.setattr(distill, "METHOD", "rail")
+    assert any("METHOD = 'rail': runs in one process" in one for one in distill.option_faults())
+    settings.setattr(distill, "METHOD", "mse")
+    assert distill.option_faults() == []
 
 
 # ── Machines without a shared disk: here two folders, each with settings of its own ──
