@@ -1553,8 +1553,7 @@ def read_splits(known_labels):
         found = list(files) or sorted(os.listdir(path))
         splits = {}
         for split, group in files.items():
-            parts = [read_file(file, columns, known_labels) for file in group]
-            splits[split] = datasets.concatenate_datasets(parts)
+            splits[split] = read_files(group, columns, known_labels)
     else:
         loaded = load_dataset_from_library(path, files)
         if not isinstance(loaded, dict):
@@ -1577,6 +1576,18 @@ def read_splits(known_labels):
             "to one single file, which is cut into the three."
         )
     return {split: splits[split] for split in SPLITS}
+
+
+def read_files(files, columns, known_labels):
+    """Return what `read_file` returns for one file, or the rows of all shards of a set."""
+    if len(files) == 1:
+        return read_file(files[0], columns, known_labels)
+    parts = [take_columns(file, columns, read_file(file, columns, known_labels)) for file in files]
+    with as_problem(
+        f"DATA = {DATA!r}: {short_list([file.name for file in files])} do not fit together",
+        "Write the columns of all parts in one type",
+    ):
+        return datasets.concatenate_datasets(parts)
 
 
 def load_dataset_from_library(path, files):
@@ -1629,7 +1640,10 @@ def are_shards(files):
     """Whether files are all the shards of one set; Problem if one of them is missing."""
     pattern = r"(.+)-(\d{5})-of-(\d{5})\.\w+(\.gz)?"
     parts = [re.fullmatch(pattern, file.name) for file in files]
-    if not all(parts) or len({(part[1], part[3]) for part in parts}) > 1:
+    if not all(parts):
+        return False
+    sets = {(part[1], part[3]) for part in parts}  # name, number of shards
+    if len(sets) > 1:
         return False
     n_shards = int(parts[0][3])
     if [int(part[2]) for part in parts] != list(range(n_shards)):
@@ -1940,10 +1954,10 @@ def json_rows(path, encoding, columns, known_labels):
                 fields = ", ".join(f'"{name}": …' for name in columns)
                 raise Problem(f"{where}: no object. Accepted is one such as {{{fields}}}.")
             if unseen:
-                for key in row.keys() - set(columns):
-                    for name in unseen:
-                        if canonical_name(key) == canonical_name(name):
-                            keys[name] = key
+                for name in unseen - row.keys():
+                    matches = [key for key in row if canonical_name(key) == canonical_name(name)]
+                    if len(matches) == 1:
+                        keys[name] = matches[0]
                 unseen = {name for name in unseen if keys[name] not in row}
                 first_names = first_names or row.keys()
             values = [row.get(keys[name]) for name in columns]

@@ -1047,6 +1047,34 @@ def test_read_splits_reads_folder_as_the_hub_lays_it_out(settings):
         load_splits(settings, DATA="set")
 
 
+def test_read_files_refuses_shards_that_do_not_fit(settings):
+    for split in "train", "validation", "test":
+        write_parquet(Path(f"set/{split}-00000-of-00002.parquet"), rows("train", 8))
+        labels = [(text, [label]) for text, label in rows("train", 8)]
+        write_parquet(Path(f"set/{split}-00001-of-00002.parquet"), labels)
+    with pytest.raises(distill.Problem, match="do not fit together.* in one type"):
+        load_splits(settings, DATA="set")
+
+
+def test_read_files_reads_only_needed_columns_of_shards(settings):
+    """Another column may have another type in each."""
+    for split in "train", "validation", "test":
+        for number, other in enumerate((1, "one")):
+            table = [{"text": t, "label": label, "id": other} for t, label in rows("train", 8)]
+            Path("set").mkdir(exist_ok=True)
+            path = Path(f"set/{split}-0000{number}-of-00002.parquet")
+            distill.datasets.Dataset.from_list(table).to_parquet(path)
+    assert len(load_splits(settings, DATA="set")["train"]) == 16
+
+
+def test_read_file_of_json_refuses_two_names_that_match(settings, data):
+    for split in "train", "val", "test":
+        (data / f"{split}.csv").unlink()
+        (data / f"{split}.jsonl").write_text('{"text ": "a", " text": "b", "label": 0}\n', "utf-8")
+    with pytest.raises(distill.Problem, match="has no column text; its columns are 'text '"):
+        load_splits(settings)
+
+
 def test_read_splits_reads_names_of_jglue(settings, capsys):
     for split, n in ("train", 48), ("valid", 16), ("test", 16):
         table = rows("val" if split == "valid" else split, n)
