@@ -5541,7 +5541,6 @@ def folder_faults():
     """Return what is wrong with the folders to write to: OUTPUT, CACHE, a TEACHER to be made."""
     faults, written = [], {}
     if rank() == 0:  # no other process writes OUTPUT
-        faults = output_faults()
         written["OUTPUT"] = Path(os.path.realpath(OUTPUT)).parent
     written["CACHE"] = Path(CACHE)
     if TEACHER_BASE is not None and not os.path.exists(TEACHER):
@@ -5562,12 +5561,14 @@ def folder_faults():
                 f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might "
                 "overwrite; name another"
             )
+    if rank() == 0:  # after the loop, in which CACHE was made: only then can it be told from OUTPUT
+        faults += output_faults()
     return faults
 
 
 def output_faults():
     """Return why OUTPUT, which is replaced as a whole, must not be replaced: a list."""
-    output = Path(os.path.realpath(OUTPUT))
+    output = os.path.realpath(OUTPUT)
     needed = {
         "TEACHER": TEACHER,
         "DATA": DATA,
@@ -5578,7 +5579,7 @@ def output_faults():
     }
     inside = []
     for name, path in needed.items():
-        if path and Path(os.path.realpath(path)).is_relative_to(output):
+        if path and is_inside(path, output):
             inside.append(name)
     if inside:
         return [
@@ -5588,7 +5589,7 @@ def output_faults():
     if not os.path.exists(output):  # output.exists() would raise PermissionError
         return []
     try:
-        foreign = foreign_files(output)
+        foreign = foreign_files(Path(output))
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return [
             f"OUTPUT = {OUTPUT!r}: was not written by distill.py and is not overwritten; name "
@@ -5600,6 +5601,21 @@ def output_faults():
             "replaced as a whole; move this first, or name another"
         ]
     return []
+
+
+def is_inside(path, folder):
+    """Return whether `path` is `folder` or lies in it.
+
+    Names are not enough: on a Mac's disk, "Model" and "model" are the same folder, and so are "が"
+    in one character and in two.
+    """
+    path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if path.is_relative_to(folder):
+        return True
+    if not os.path.exists(folder):
+        return False
+    existing = filter(os.path.exists, [path, *path.parents])
+    return any(os.path.samefile(parent, folder) for parent in existing)
 
 
 def foreign_files(output):

@@ -103,6 +103,18 @@ def test_output_faults_refuse_folder_that_holds_inputs(fails, output, name):
     assert Path("holder/teacher/model.safetensors").exists()
 
 
+def test_is_inside_knows_a_folder_by_its_other_names(tmp_path, monkeypatch):
+    """As on a Mac's disk, where "Model" is "model", and NFC is NFD. Here a link is the other name."""
+    (tmp_path / "model" / "data").mkdir(parents=True)
+    (tmp_path / "Model").symlink_to("model")
+    monkeypatch.setattr(distill.os.path, "realpath", os.path.abspath)  # leaves links as they are
+    assert distill.is_inside(tmp_path / "model", tmp_path / "Model")
+    assert distill.is_inside(tmp_path / "model" / "data" / "not yet there", tmp_path / "Model")
+    assert not distill.is_inside(tmp_path / "other", tmp_path / "Model")
+    assert not distill.is_inside(tmp_path / "Model", tmp_path / "model" / "data")
+    assert not distill.is_inside(tmp_path / "model", tmp_path / "not yet there")
+
+
 def test_foreign_files_in_output_are_refused(teacher, data, run, fails):
     run("--epochs", "1")
     Path("distilled_model/.DS_Store").write_text("x")
