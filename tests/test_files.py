@@ -104,7 +104,7 @@ def test_output_faults_refuse_folder_that_holds_inputs(fails, output, name):
 
 
 def test_is_inside_knows_a_folder_by_its_other_names(tmp_path, monkeypatch):
-    """As on a Mac's disk, where "Model" is "model", and NFC is NFD. Here a link is the other name."""
+    """As on a Mac's disk, where "Model" is "model"; here, a link stands for the other name."""
     (tmp_path / "model" / "data").mkdir(parents=True)
     (tmp_path / "Model").symlink_to("model")
     monkeypatch.setattr(distill.os.path, "realpath", os.path.abspath)  # leaves links as they are
