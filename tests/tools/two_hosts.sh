@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two machines without a shared disk give the curve of one process, wherever their folders lie.
+# Two machines without a shared disk give the curve of one process, even if their paths differ.
 #
 #     tests/tools/two_hosts.sh            # as root, on Linux, with iproute2; two minutes
 #
@@ -11,7 +11,9 @@
 # first one's teacher, 1 if not, 2 if this machine cannot run it. Dropout is 0 throughout: each
 # process would draw its own.
 set -euo pipefail
-export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+PYTHON=$(command -v "${PYTHON:-python}" || true)
+[[ $PYTHON != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
+export PYTHON OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
 cannot() {
     echo "two_hosts.sh: cannot run here: $1"
@@ -20,7 +22,8 @@ cannot() {
 [[ $(uname) == Linux ]] || cannot "network namespaces need Linux"
 [[ $(id -u) == 0 ]] || cannot "network namespaces need root"
 command -v ip > /dev/null || cannot "the program ip is missing (apt-get install iproute2)"
-"$PYTHON" -c "import torch" 2> /dev/null || cannot "$PYTHON has no torch; name another in PYTHON"
+"$PYTHON" -c "import torch" 2> /dev/null ||
+    cannot "${PYTHON:-python} has no torch; name another in PYTHON"
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
@@ -43,7 +46,7 @@ trap 'exit 130' INT TERM
 # ── The machines ──
 
 ip netns add "$first" 2> /dev/null || cannot "ip netns add is not allowed"
-ip netns add "$second"
+ip netns add "$second" 2> /dev/null || cannot "ip netns add is not allowed"
 ip -n "$first" link add cable type veth peer name cable netns "$second" 2> /dev/null ||
     cannot "ip link add type veth is not allowed"
 for host in 1:$first 2:$second; do
@@ -66,7 +69,10 @@ without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0
 save_model("teacher", **without_dropout)
 save_model("base", seed=3, initializer_range=0.02, **without_dropout)
 END
-    )
+    ) || {
+        cat "$work/models.txt"
+        exit 1
+    }
 done
 
 # ── The runs ──
@@ -94,6 +100,7 @@ show() { # WHAT NAME TEACHER OPTIONS…: run it both ways, print a line of the t
     local settings=("${options[@]}" --output "output-$name" --cache "cache-$name" "$@")
     started=()
     on_machine "$first" 0 "${settings[@]}"
+    # the same cache by its absolute path, as paths may differ between machines
     on_machine "$second" 1 "${settings[@]}" --cache "${home[$second]}/cache-$name"
     for pid in "${started[@]}"; do
         wait "$pid" || ok=0
