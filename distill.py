@@ -52,6 +52,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036 (an older one would fail later, with less to say)
+    sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
+
 try:
     import datasets
     import filelock
@@ -208,8 +211,10 @@ def add_soft_labels(data, teacher, collate_fn):
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
     teacher_digest = digest(teacher)
-    # of other texts, or from another teacher, their answers would be cached for texts of these
-    check_same(teacher_digest, *(iter_batches(rows, "key") for rows in data.values()))
+    # otherwise answers of another teacher, or to other texts, would be cached under these keys
+    check_same("teachers, or versions of transformers", teacher_digest)
+    for split, rows in data.items():
+        check_same(f"texts in {split}", iter_batches(rows, "key"))
     cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
@@ -969,6 +974,11 @@ def load_config(name, setting="TEACHER"):
 
 def refuse_missing_model(name, setting):
     """Raise Problem if `name` is a path at which there is no model."""
+    if os.path.isfile(name):
+        raise Problem(
+            f"{setting} = {name!r}: is a file. Name the folder it is in: "
+            f"{os.path.dirname(name) or '.'}."
+        )
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
         advice = "Save one into it with model.save_pretrained, or name another folder"
         checkpoints = sorted(glob.glob(f"{glob.escape(name)}/checkpoint-*/config.json"))
@@ -981,13 +991,11 @@ def refuse_missing_model(name, setting):
                 "model.merge_and_unload().save_pretrained(folder)"
             )
         raise Problem(
-            f"{setting} = {name!r}: holds no model (no config.json in a folder of this name). "
-            f"{advice}."
+            f"{setting} = {name!r}: holds no model (there is no config.json in it). {advice}."
         )
     if os.path.isdir(name):
         return
-    looks_like_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-    if looks_like_path:
+    if looks_like_path(name):
         advice = {
             "TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to "
             "have a teacher fine-tuned",
@@ -997,6 +1005,11 @@ def refuse_missing_model(name, setting):
             f"{setting} = {name!r}: no such folder. "
             f"{advice.get(setting, 'Name a folder or a hub model')}."
         )
+
+
+def looks_like_path(name):
+    """Whether a name can only be a path, not that of a hub repository."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1
 
 
 def refuse_incomplete_config(name, setting):
@@ -1013,7 +1026,8 @@ def refuse_incomplete_config(name, setting):
     weights = os.path.join(name, "model.safetensors")
     if setting == "TEACHER" and "id2label" not in saved and os.path.isfile(weights):
         n_outputs = 2  # what transformers assumes
-        with safe_open(weights, "pt") as file:
+        problem = as_problem(f"{setting} = {name!r}: cannot read {weights}", weights_advice)
+        with problem, safe_open(weights, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (it is no dict)
                 if key in ("classifier.weight", "classifier.out_proj.weight"):
                     n_outputs = file.get_slice(key).get_shape()[0]
@@ -1159,6 +1173,10 @@ def missing_package_advice(reason):
     """Return what to install, if the error of a library says that a package is missing."""
     if not re.search("install|No module named|not found in your environment", reason):
         return None
+    if "unidic dictionary itself" in reason:  # the package is there
+        return "python -m unidic download"
+    if dictionary := re.search("sudachidict_(small|core|full)", reason.lower()):
+        return f"pip install {dictionary[0]}"
     for name, packages in TOKENIZER_PACKAGES.items():
         if name in reason.lower():
             return f"pip install {packages}"
@@ -1317,6 +1335,16 @@ def weights_advice(reason):
             "The file holds a pickled model, which could run code and is not opened: load it where "
             "you trust it, and save it with model.save_pretrained"
         )
+    if "ignore_mismatched_sizes" in reason:
+        return (
+            "Its config.json does not fit its weights: it may have another number of labels in "
+            "id2label. Put the config.json there that was saved with them"
+        )
+    if "header" in reason.lower():
+        return (
+            "The file is damaged, or stands for one that Git LFS has not fetched: run git lfs "
+            "pull, or download it again"
+        )
     return "Copy or save the model again"
 
 
@@ -1439,14 +1467,16 @@ def load_data(label2id=None):
     for split, rows in splits.items():
         splits[split] = validate_rows(rows, split, outputs_by_label[split], names)
 
-    if "all" in splits:
-        splits = split_single_set(splits["all"], names)
+    if "the set" in splits:
+        splits = split_single_set(splits["the set"], names)
     if TRAIN_FRACTION < 1:
         with as_problem(
             f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"
         ):
             splits["train"], _ = split_rows(splits["train"], 1 - TRAIN_FRACTION, len(names))
     log_label_counts(splits, names)
+    if SOFT_LABELS_COLUMN:
+        log("data", f"in {SOFT_LABELS_COLUMN}, the labels have this order: {short_list(names)}")
     return splits, {name: number for number, name in enumerate(names)}
 
 
@@ -1461,10 +1491,13 @@ def needed_columns(split, rows):
         if name == SOFT_LABELS_COLUMN:
             kind = getattr(kind, "feature", kind)  # of the members of a list
         # pictures and sounds may be paths, which datasets would open
-        if not isinstance(kind, datasets.Value | datasets.ClassLabel):
+        is_value = isinstance(kind, datasets.Value | datasets.ClassLabel)
+        if not is_value or "binary" in kind.dtype:
+            accepted = "texts and numbers"
+            if name == SOFT_LABELS_COLUMN:
+                accepted = "lists of probabilities such as [0.1, 0.9], in the order of the labels"
             raise Problem(
-                f"DATA = {DATA!r}: column {name} of {split} holds {kind}; accepted are texts and "
-                "numbers."
+                f"DATA = {DATA!r}: column {name} of {split} holds {kind}; accepted are {accepted}."
             )
     return rows
 
@@ -1525,7 +1558,7 @@ def log_label_counts(splits, names):
 
 
 def read_splits(known_labels):
-    """Return the splits of DATA as they are stored: train, val and test, or "all" for one set."""
+    """Return the splits of DATA as they are stored: train, val and test, or "the set" alone."""
     path = Path(DATA)
     if DATA == "tests/sample" and not path.exists():  # started from another folder
         path = Path(__file__).resolve().parent / DATA
@@ -1538,7 +1571,7 @@ def read_splits(known_labels):
                 f"DATA = {DATA!r}: a .txt file has no labels. Accepted are "
                 f"{', '.join(LABELED_KINDS)}; texts without labels are named in UNLABELED."
             )
-        return {"all": read_file(path, columns, known_labels)}
+        return {"the set": read_file(path, columns, known_labels)}
 
     # a folder of files, or a data set of the datasets library
     files = labeled_files(path) if path.is_dir() else {}
@@ -1557,9 +1590,9 @@ def read_splits(known_labels):
     else:
         loaded = load_dataset_from_library(path, files)
         if not isinstance(loaded, dict):
-            return {"all": loaded}
+            return {"the set": loaded}
         if len(loaded) == 1:
-            return {"all": next(iter(loaded.values()))}
+            return {"the set": next(iter(loaded.values()))}
         groups = defaultdict(list)
         for name in loaded:
             if name in SPLIT_OF:
@@ -1601,11 +1634,13 @@ def load_dataset_from_library(path, files):
             f"DATA = {DATA!r}: is a save_to_disk folder that also holds {names}. Keep the one or "
             "the other."
         )
-    with as_problem(
-        f"DATA = {DATA!r}: no such file or folder, and no data set to load",
+    advice = (
         f"Name a folder with train, val and test files ({', '.join(LABELED_KINDS)}), a single "
-        "file, or a hub data set (with a configuration: org/name:configuration)",
-    ):
+        "file, or a hub data set (with a configuration: org/name:configuration)"
+    )
+    if not path.is_dir() and (looks_like_path(DATA) or file_kind(path) in LABELED_KINDS):
+        raise Problem(f"DATA = {DATA!r}: no such file or folder. {advice}.")
+    with as_problem(f"DATA = {DATA!r}: no such file or folder, and no data set to load", advice):
         forbid_outside_paths(path)
         if path.is_dir():
             loaded = datasets.load_from_disk(DATA)
@@ -1633,25 +1668,32 @@ def labeled_files(folder):
     if not exact:
         for split, group in longer.items():
             log("data", f"{split} is {short_list([file.name for file in group])}")
+    for split in exact and longer.keys() - exact.keys():
+        raise Problem(
+            f"DATA = {DATA!r}: {short_list([file.name for file in longer[split]])} may be {split}, "
+            f"but {short_list([file.name for [file, *_] in exact.values()])} have shorter names. "
+            "Name all files alike."
+        )
     return exact or longer
 
 
 def are_shards(files):
-    """Whether files are all the shards of one set; Problem if one of them is missing."""
-    pattern = r"(.+)-(\d{5})-of-(\d{5})\.\w+(\.gz)?"
-    parts = [re.fullmatch(pattern, file.name) for file in files]
-    if not all(parts):
+    """Whether files are all the shards of one set, each once; Problem if one is missing."""
+    pattern = r"(.+)-(\d{5})-of-(\d{5})(-\w+)?\.\w+(\.gz)?"  # older names end in a hash
+    matches = [re.fullmatch(pattern, file.name) for file in files]
+    if not all(matches):
         return False
-    sets = {(part[1], part[3]) for part in parts}  # name, number of shards
-    if len(sets) > 1:
+    if len({(match[1], match[3]) for match in matches}) > 1:  # name, number of shards
         return False
-    n_shards = int(parts[0][3])
-    if [int(part[2]) for part in parts] != list(range(n_shards)):
+    name, n_shards = matches[0][1], int(matches[0][3])
+    numbers = [int(match[2]) for match in matches]
+    missing = sorted({*range(n_shards)} - {*numbers})
+    if missing:
         raise Problem(
-            f"DATA = {DATA!r}: of the {n_shards} parts of {parts[0][1]} only {len(files)} are "
-            "there. Add the others."
+            f"DATA = {DATA!r}: of the {n_shards} parts of {name}, counted from 0, "
+            f"{short_list(list(map(str, missing)))} cannot be found. Add what is missing."
         )
-    return True
+    return len(numbers) == n_shards
 
 
 def report_unread_files(name, folder, files):
@@ -1690,19 +1732,19 @@ def column_array(rows, name):
 
 
 def read_file(path, columns, known_labels=frozenset()):
-    """Return these columns of one file as a Dataset of strings, exactly as the file has them.
+    """Return a data file as a Dataset: these columns, strings exactly as the file has them.
+
+    A .parquet comes with all its columns, in their own types; `take_columns` chooses.
 
     The file is UTF-8 with or without BOM, UTF-16 with BOM, or CP932 (Japanese Excel). Problem,
     with the line, where it is not certain what the rows and fields are.
     known_labels: the teacher's label names, by which a row is told from a line of a text.
     """
     kind = file_kind(path)
-    with as_problem(
-        f"{path}: cannot be read",
-        f"Accepted are {', '.join(LABELED_KINDS)} (for UNLABELED also .txt), with rows, in UTF-8 "
-        "or CP932; all but .parquet also as .gz",
-    ):
-        if path.suffix.lower() == ".parquet":
+    with as_problem(f"{path}: cannot be read", read_advice):
+        if kind == ".parquet" and path.suffix.lower() == ".gz":
+            raise Problem(f"{path}: a .parquet is not read as .gz. Unpack it.")
+        if kind == ".parquet":
             if pyarrow.parquet.read_metadata(path).num_rows == 0:
                 raise ValueError("it has no rows")
             return datasets.load_dataset(
@@ -1720,6 +1762,16 @@ def read_file(path, columns, known_labels=frozenset()):
             encoding = other_encoding(path)
             log("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
             return write_rows(read_rows(path, encoding, columns, known_labels), columns)
+
+
+def read_advice(reason):
+    """Return what to do if a data file cannot be read."""
+    if "Not a gzipped file" in reason:
+        return "Its name ends in .gz, but it is not packed: rename it"
+    return (
+        f"Accepted are {', '.join(LABELED_KINDS)}, for UNLABELED also .txt; all but .parquet also "
+        "as .gz; with at least one row; in UTF-8, UTF-16 with BOM or CP932"
+    )
 
 
 def write_rows(rows, columns):
@@ -1750,7 +1802,8 @@ def string_array(values):
 
 
 def other_encoding(path):
-    """Return the encoding of a file that is not UTF-8; ValueError where it might be another."""
+    """Return the encoding of a file that is not UTF-8; Problem where it might be another."""
+    save_as_utf8 = f"{path}: cannot be read: it is not UTF-8; it may be {{}}. Save it as UTF-8."
     with open_bytes(path) as file:
         content = file.read()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -1763,27 +1816,33 @@ def other_encoding(path):
     n_ascii = sum(len(part) for part in re.findall("[\0-\x7f]+", as_utf8))
     if len(as_utf8) - n_ascii - n_damaged > n_damaged:
         line = as_utf8.count("\n", 0, as_utf8.index("\ufffd")) + 1
-        raise ValueError(
-            f"it is UTF-8, but line {line} holds bytes that are no character. Correct this line"
+        raise Problem(
+            f"{path}: cannot be read: it is UTF-8, but line {line} holds bytes that are no "
+            "character. Correct this line."
         )
 
     if content.count(b"\0") > len(content) / 10:
-        raise ValueError(
-            "it is not UTF-8; it may be UTF-16 without its mark (BOM). Save it as UTF-8"
-        )
+        raise Problem(save_as_utf8.format("UTF-16 without its mark (BOM)"))
 
     # Much EUC-JP decodes as CP932, to other characters; hardly any CP932 decodes as EUC-JP.
     for encoding in "euc_jp", "euc_jis_2004":
         with contextlib.suppress(UnicodeDecodeError):
             content.decode(encoding)
-            raise ValueError("it is not UTF-8, and it may be EUC-JP. Save it as UTF-8")
+            raise Problem(save_as_utf8.format("EUC-JP"))
     try:
-        content.decode("cp932")
+        text = content.decode("cp932")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"it is neither UTF-8 nor CP932: line {line} holds bytes that are no character"
+        raise Problem(
+            f"{path}: cannot be read: it is neither UTF-8 nor CP932: line {line} holds bytes that "
+            "are no character. Save it as UTF-8."
         ) from None
+
+    # English from Windows may decode as CP932, too, but as what no Japanese text has: lone kanji
+    # in the place of apostrophes, such as "it\u75f4 good" for "it's good"
+    words = re.findall(r"[^\x00-\x7f]+", text)
+    if len(re.findall(r"[A-Za-z][^\x00-\x7f](?=[A-Za-z ])", text)) > len(words) / 2:
+        raise Problem(save_as_utf8.format("Windows-1252"))
     return "cp932"
 
 
@@ -1800,14 +1859,18 @@ def open_bytes(path):
 def open_text(path, encoding, newline=None):
     """Open a file as `open` does, also a .gz.
 
-    ValueError for JIS (ISO-2022-JP), which is all ASCII and would pass for UTF-8.
+    Problem for JIS (ISO-2022-JP), which is all ASCII and would pass for UTF-8.
     """
     with open_bytes(path) as file:
         end = b""
+        switches_characters = False
+        is_ascii = True
         while part := file.read(1 << 20):
-            if b"\x1b$" in end + part or b"\x1b(" in end + part:
-                raise ValueError("it is JIS (ISO-2022-JP). Save it as UTF-8")
+            switches_characters |= b"\x1b$" in end + part or b"\x1b(" in end + part
+            is_ascii &= part.isascii()
             end = part[-1:]
+    if switches_characters and is_ascii:
+        raise Problem(f"{path}: cannot be read: it is JIS (ISO-2022-JP). Save it as UTF-8.")
     return io.TextIOWrapper(open_bytes(path), encoding, newline=newline)
 
 
@@ -1909,30 +1972,42 @@ def find_columns(where, columns, found):
     """
     spelled = {}
     for column in columns:
-        matches = [name for name in found if canonical_name(str(name)) == canonical_name(column)]
-        if column in found or len(matches) == 1:
-            spelled[column] = column if column in found else matches[0]
-    missing = [column for column in columns if column not in spelled]
-    refuse_missing_columns(where, missing, found)
+        alike = [name for name in found if canonical_name(str(name)) == canonical_name(column)]
+        if column in found:
+            spelled[column] = column
+        elif len(alike) == 1:
+            spelled[column] = alike[0]
+        elif alike:
+            raise Problem(
+                f"{where} has the columns {' and '.join(map(show_name, alike))}, which differ only "
+                f"in spaces or in Unicode form; {column} may be either. Rename one."
+            )
+    refuse_missing_columns(where, [name for name in columns if name not in spelled], found)
     return spelled
 
 
-def refuse_missing_columns(where, columns, found):
-    """Raise Problem, with the columns that were found, if one of `columns` is not among them."""
-    missing = [name for name in columns if name not in found]
+def show_name(name):
+    """Return the name of a column as a message shows it: quoted if one would not see all of it."""
+    name = str(name)
+    if not name.isprintable():
+        return ascii(name)
+    return repr(name) if name != name.strip() or not name else name
+
+
+def refuse_missing_columns(where, missing, found):
+    """Raise Problem, with the columns that were found, if there are missing ones."""
     if not missing:
         return
-    shown = []
-    for name in map(str, found):
-        has_odd_spaces = not name or name != name.strip()
-        shown.append(repr(name) if has_odd_spaces else name)
-    names = ", ".join(shown)
+    names = ", ".join(map(show_name, found))
     if len(names) > 300:
         names = f"{names[:300]}…"
     hint = "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN"
+    if isinstance(where, Path) and file_kind(where) in (".csv", ".tsv"):
+        hint += ". The first line of the file must hold the names of its columns"
     if len(found) == 1 and re.search("[,;\t]", str(*found)):
         hint = "The fields of a .csv are separated by commas, those of a .tsv by tabs"
-    raise Problem(f"{where} has no column {', '.join(missing)}; its columns are {names}. {hint}.")
+    what = f"its columns are {names}" if names else "its first line is empty"
+    raise Problem(f"{where} has no column {', '.join(missing)}; {what}. {hint}.")
 
 
 def json_rows(path, encoding, columns, known_labels):
@@ -1941,7 +2016,7 @@ def json_rows(path, encoding, columns, known_labels):
         first_line = next((line.strip() for line in file if line.strip()), "")
         file.seek(0)
         if first_line.startswith("["):
-            unit, objects = "row", enumerate(json.load(file), 1)
+            unit, objects = "row", enumerate(json_list(path, file), 1)
         else:
             unit, objects = "line", json_lines(path, file)
 
@@ -1960,16 +2035,17 @@ def json_rows(path, encoding, columns, known_labels):
                         keys[name] = matches[0]
                 unseen = {name for name in unseen if keys[name] not in row}
                 first_names = first_names or row.keys()
-            values = [row.get(keys[name]) for name in columns]
+            values = [row.get(name, row.get(keys[name])) for name in columns]
             for value in values:
                 if type(value) is not str:  # the rare case, kept out of the common one
-                    values = [json_text(where, row.get(keys[name]), name) for name in columns]
+                    pairs = zip(values, columns, strict=True)
+                    values = [json_text(where, value, name) for value, name in pairs]
                     break
             yield values
         if first_names:
             missing = [name for name in columns if name in unseen]
             refuse_rows_in_a_field(path, row, missing)
-            refuse_missing_columns(path, missing, first_names)
+            find_columns(path, missing, list(first_names))
 
 
 def refuse_rows_in_a_field(path, row, missing):
@@ -1986,6 +2062,11 @@ def json_text(where, value, name):
     """Return a field of a JSON object: a text, or a label as text; None if it is neither."""
     if name == SOFT_LABELS_COLUMN and isinstance(value, list):
         return json.dumps(value)
+    if name == SOFT_LABELS_COLUMN and isinstance(value, dict):
+        raise Problem(
+            f"{where}: {name} is an object; accepted is a list of probabilities such as [0.1, "
+            "0.9], in the order of the labels."
+        )
     if isinstance(value, dict | list):
         raise Problem(
             f"{where}: many values in {name}, where one is accepted. Write an object for each row; "
@@ -1994,6 +2075,17 @@ def json_text(where, value, name):
     if isinstance(value, str) or value is None:
         return value
     return label_text(value) if name == LABEL_COLUMN else None
+
+
+def json_list(path, file):
+    """Return the list that a .json file holds."""
+    try:
+        return json.load(file)
+    except json.JSONDecodeError as error:
+        raise Problem(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}). Accepted are one object per "
+            "line, or a list of objects with a comma between them and none after the last."
+        ) from None
 
 
 def json_lines(path, file):
@@ -2007,8 +2099,8 @@ def json_lines(path, file):
             value, end = decode(line)
         except json.JSONDecodeError as error:
             raise Problem(
-                f"{path}, line {number}: not a whole JSON object ({error.msg}). Accepted are an "
-                "object a line, or a list of objects."
+                f"{path}, line {number}: not a whole JSON object ({error.msg}). Accepted are one "
+                "object per line, or a list of objects."
             ) from None
         if end < len(line):
             raise Problem(
@@ -2020,7 +2112,11 @@ def json_lines(path, file):
 
 def text_rows(path, encoding, columns, known_labels):
     """Yield the rows of a .txt file: one text per line."""
-    refuse_missing_columns(path, columns[1:], ["its lines"])
+    if len(columns) > 1:
+        raise Problem(
+            f"{path}: has one text per line, and no {', '.join(columns[1:])}. Write the columns "
+            f"into a .csv or .jsonl file."
+        )
     with open_text(path, encoding) as file:
         for line in file:
             yield [line.rstrip("\n")]
@@ -2071,20 +2167,26 @@ def validate_rows(rows, split, output_by_label, names):
     return rows.select_columns(valid_columns).add_column("labels", np.array(labels))
 
 
-def refuse_faulty_rows(where, part, faults):
-    """Raise Problem if there are faults: {fault: numbers of the rows that have it}."""
+def refuse_faulty_rows(where, name, faults):
+    """Raise Problem if there are faults: {fault: numbers of the rows that have it}.
+
+    name: that of the split or file whose rows they are.
+    """
     lines = []
     for fault, row_numbers in faults.items():
         if row_numbers:
             more = ", …" if len(row_numbers) > 5 else ""
             first_rows = ", ".join(map(str, row_numbers[:5])) + more
-            lines.append(f"{part}: {fault} in {len(row_numbers)} rows: {first_rows}")
+            unit = "row" if len(row_numbers) == 1 else "rows"
+            lines.append(f"{name}: {fault} in {len(row_numbers)} {unit}: {first_rows}")
     if lines:
         hint = (
             "correct or remove these rows, counted from 1; labels are the teacher's names or "
             "numbers."
         )
-        if DATA == "tests/sample":
+        if any("label '-1'" in line for line in lines):  # how hubs mark a test set kept secret
+            hint += " A split whose labels are all -1 has none: give one with labels."
+        if DATA == "tests/sample" and where.startswith("DATA"):
             hint = "DATA is still the sample; set it to your teacher's data."
         raise Problem("\n  ".join([f"{where}: {hint}", *lines[:9]]))
 
@@ -2758,7 +2860,8 @@ def training_run_id(trainer):
     )
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
-    check_same(*parts, training_data(trainer, without={"soft_labels", "teacher_logits"}))
+    check_same("settings, or versions of PyTorch", *parts)
+    check_same("data", training_data(trainer, without={"soft_labels", "teacher_logits"}))
     return on_main_process(
         lambda: digest(
             *parts,
@@ -3235,8 +3338,8 @@ TEACHER_BASE = None  # TEACHER does not exist yet? fine-tune this base model int
 TEACHER_EPOCHS = 3  # at most, in that fine-tuning
 TEACHER_LEARNING_RATE = 3e-5  # in that fine-tuning
 
-# the TEACHER for which, as long as it is not there, a sample teacher is made
-SAMPLE_TEACHER = "./finetuned_bert_japanese"
+# as long as there is nothing at this TEACHER, and DATA is the sample, a sample teacher stands in
+DEFAULT_TEACHER = "./finetuned_bert_japanese"
 
 
 def find_teacher():
@@ -3245,7 +3348,7 @@ def find_teacher():
     teacher_recipe: a dict of base, epochs, learning_rate, patience; None if the teacher is there.
     name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
-    source = on_main_process(teacher_source)  # another machine may have other folders
+    source = on_main_process(teacher_source)  # the first machine decides: others may have less
     if source == "none":
         return None, None
     if source == "base":
@@ -3261,7 +3364,7 @@ def find_teacher():
         recipe = {"base": str(base), "epochs": 6, "learning_rate": 1e-3, "patience": 6}
         return sample_teacher_folder(), recipe
     name = sample_teacher_folder() if source == "sample" else TEACHER
-    share_teacher(name)
+    share_teacher(name, is_sample=source == "sample")
     return name, None
 
 
@@ -3303,7 +3406,7 @@ def teacher_source():
 
 def stands_in_for_teacher():
     """Whether the sample teacher stands in: nobody has named a teacher, and DATA is the sample."""
-    is_untouched = (TEACHER, DATA) == (SAMPLE_TEACHER, "tests/sample")
+    is_untouched = (TEACHER, DATA) == (DEFAULT_TEACHER, "tests/sample")
     is_named = "TEACHER" in COMMAND_LINE_SETTINGS
     return is_untouched and not is_named and not os.path.exists(TEACHER)
 
@@ -3339,21 +3442,21 @@ def refuse_teacher_elsewhere():
     for number, is_there in enumerate(gather_from_all(os.path.exists(TEACHER))):
         if is_there:
             raise Problem(
-                f"TEACHER = {TEACHER!r}: is not there for process 0, which would make it, but for "
-                f"process {number}. Copy it to the first machine, or delete it on the other."
+                f"TEACHER = {TEACHER!r}: the first machine has none and would make one, but "
+                f"process {number} already has one. Copy that to the first machine, or delete it."
             )
 
 
-def share_teacher(name):
+def share_teacher(name, is_sample):
     """Copy the teacher's folder from the first machine to those that do not have it.
 
-    name: where it lies, or is to lie, on this machine; a hub name is left to the hub. Only a sample
-    teacher is replaced where there is another one.
+    name: where it lies, or is to lie, on this machine; a hub name is left to the hub.
+    is_sample: whether it is the sample teacher. That one is replaced where it is not the same as on
+    the first machine; any other folder that is already there is kept.
     """
     if world_size() == 1:
         return
     weights = f"{name}/model.safetensors"
-    is_sample = name == sample_teacher_folder()
     if is_sample:
         is_missing = file_digest(weights) != on_main_process(lambda: file_digest(weights))
     else:
@@ -3363,7 +3466,7 @@ def share_teacher(name):
         return
 
     log("teacher", f"{name} is copied to the machines that do not have it")
-    writes = is_first_in(Path(os.path.realpath(name)).parent, counts=is_missing)
+    writes = is_first_in(Path(os.path.realpath(name)).parent, is_candidate=is_missing)
     with replaced_folder(name) if writes else contextlib.nullcontext() as new:
         for file_name in files:
             with open(new / file_name if writes else os.devnull, "wb") as file:
@@ -3402,7 +3505,7 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
         checkpoint_path.unlink()
 
     on_main_process(save)
-    share_teacher(name)
+    share_teacher(name, is_sample)
 
 
 # ── Option: a teacher that ran elsewhere ──────────────────────────────────────────────────────────
@@ -3412,7 +3515,7 @@ SOFT_LABELS_COLUMN = None  # column with the teacher's probabilities, lists; it 
 
 def starts_without_teacher():
     """Whether the student starts from STUDENT_INIT because there is no TEACHER at all."""
-    is_named = TEACHER != SAMPLE_TEACHER or "TEACHER" in COMMAND_LINE_SETTINGS
+    is_named = TEACHER != DEFAULT_TEACHER or "TEACHER" in COMMAND_LINE_SETTINGS
     has_start = STUDENT_INIT not in ("teacher", "random")
     no_teacher = not is_named and not os.path.exists(TEACHER)
     return SOFT_LABELS_COLUMN is not None and has_start and no_teacher
@@ -3525,6 +3628,13 @@ def read_unlabeled(n_classes=None):
     columns = [*text_columns(), *soft_label_columns()]
     for name, rows in unlabeled_parts(columns):
         part = take_columns(name, columns, rows)
+        for column in text_columns():
+            kind = part.features[column]
+            if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+                raise Problem(
+                    f"UNLABELED = {UNLABELED!r}: column {column} of {name} holds {kind}; accepted "
+                    "are texts. Set TEXT_COLUMN to the column with the texts."
+                )
         if SOFT_LABELS_COLUMN:
             part, faults = parse_soft_labels(part, n_classes)
             refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", name, faults)
@@ -3573,7 +3683,7 @@ def unlabeled_parts(columns):
     if not files:
         raise Problem(
             f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted "
-            f"are {', '.join(kinds)}; .txt has a text a line."
+            f"are {', '.join(kinds)}; .txt has one text per line."
         )
     if path.is_dir():
         report_unread_files(UNLABELED, path, files)
@@ -4892,12 +5002,12 @@ def encode_texts(tokenizer, texts, n_texts=None):
     rows = [[row] if isinstance(row, str) else row for row in texts]
     if not rows:
         return {"input_ids": []}
-    for row in rows:
+    for number, row in enumerate(rows):
         is_row = isinstance(row, tuple | list) and len(row) == len(rows[0]) in (1, 2)
         if not is_row or not all(isinstance(text, str) and is_encodable(text) for text in row):
             raise Problem(
-                "accepted are a list of texts, or of pairs of texts, without half characters "
-                "(surrogates)."
+                f"texts[{number}] is {row!r:.60}; accepted are a list of texts, or of pairs of "
+                "texts, without half characters (surrogates)."
             )
     if len(rows[0]) != (n_texts or len(rows[0])):
         raise Problem(
@@ -4949,6 +5059,12 @@ def show_predictions(texts):
         lines = [line.rstrip("\n") for line in lines]
         valid_lines = list(itertools.takewhile(is_encodable, lines))
         rows = [line.split("\t") if is_pair else line for line in valid_lines]
+        for number, row in enumerate(rows, n_answered + 1):
+            if is_pair and n_texts != 1 and len(row) != 2:
+                raise Problem(
+                    f"--predict: text {number} has {len(row) - 1} tabs; a pair is two texts with "
+                    "one tab between them."
+                )
         encoded = encode_texts(tokenizer, rows, n_texts)
         answers = label_scores(model, tokenizer, encoded)
         if asked_teacher:
@@ -5304,8 +5420,9 @@ def read_command_line(argv):
         )
     argv, texts = take_texts(sys.argv[1:] if argv is None else argv)
     options = vars(parser.parse_args(argv))
-    texts = texts or options.pop("predict")
-    options.pop("predict", None)
+    more = options.pop("predict")  # as --predict=TEXT
+    if more is not None:
+        texts = [*(texts or []), *more]
     changes = {name.upper(): parse_value(name.upper(), given) for name, given in options.items()}
     return changes, texts
 
@@ -5315,13 +5432,19 @@ def take_texts(argv):
 
     They end at the next option. argparse would take a text that begins with "-" for one.
     """
-    if "--predict" not in argv:
-        return argv, None
-    start = argv.index("--predict") + 1
-    end = start
-    while end < len(argv) and not re.fullmatch(r"-h|--[a-z-]+(=.*)?", argv[end], re.DOTALL):
-        end += 1
-    return [*argv[:start], *argv[end:]], argv[start:end]
+    others, texts = [], None
+    after_predict = False
+    for argument in argv:
+        if re.fullmatch(r"-h|--[a-z][a-z-]*(=.*)?", argument, re.DOTALL):
+            after_predict = False
+        if argument == "--predict":
+            after_predict = True
+            texts = texts or []
+        elif after_predict:
+            texts.append(argument)
+        else:
+            others.append(argument)
+    return others, texts
 
 
 def documented_settings():
@@ -5400,6 +5523,8 @@ def check_same_settings():
     """Raise Problem if the processes have different settings. Their folders may lie elsewhere."""
     own = {name: globals()[name] for name in ACCEPTED}
     own |= {name: own[name] is None for name in PATH_SETTINGS}
+    # not only a path, but also a word that decides what the processes do together
+    own["STUDENT_INIT"] = STUDENT_INIT if STUDENT_INIT in ("teacher", "random") else "a model"
     settings = gather_from_all(own)
     different = [name for name in own if any(other[name] != own[name] for other in settings)]
     if different:
@@ -5413,7 +5538,7 @@ def column_faults():
     """Return the faults of the column names, a list."""
     faults = []
     columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
-    if len(set(columns)) < len(columns):
+    if len(set(map(canonical_name, columns))) < len(columns):
         faults.append(
             f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN "
             f"= {LABEL_COLUMN!r}, SOFT_LABELS_COLUMN = {SOFT_LABELS_COLUMN!r}: must be different "
@@ -5793,8 +5918,22 @@ def save_folder(folder, model, tokenizer, write_more=None):
     ):
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        rename_extra_tokens(new)
         if write_more:
             write_more(new)
+
+
+def rename_extra_tokens(folder):
+    """Write a tokenizer's additional special tokens under the key that transformers 4 knows, too.
+
+    Version 5 lists them under a key whose value version 4 takes for a dict, so that it would stop.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(f"{text}\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -5890,6 +6029,19 @@ def digest(*parts):
 BYTES_PER_PART = 2**24  # of a file that is sent to other machines
 
 
+def join_processes():
+    """Join the other processes, if torchrun or accelerate has started any."""
+    try:
+        with as_problem(
+            "this process cannot reach the others",
+            "GLOO_SOCKET_IFNAME must name this machine's network card (`ip addr` lists them), and "
+            "--master_addr the address of the first machine",
+        ):
+            PartialState(cpu=True, timeout=timedelta(days=30))
+    except Problem as problem:  # here, because `main` would ask for the rank
+        sys.exit(f"distill.py: {problem}")
+
+
 def rank():
     """Return the number of this process. 0 reads the caches, writes and prints."""
     return PartialState(cpu=True).process_index
@@ -5921,12 +6073,11 @@ def wait_for_all():
     PartialState(cpu=True).wait_for_everyone()
 
 
-def check_same(*parts):
-    """Raise Problem if `digest(*parts)` is not the same in all processes."""
+def check_same(what, *parts):
+    """Raise Problem if `digest(*parts)` is not the same in all processes. what: what that means."""
     if world_size() > 1 and len(set(gather_from_all(digest(*parts)))) > 1:
         raise Problem(
-            "the processes have different settings, data, teachers or versions of PyTorch. Give "
-            "all the same."
+            f"the processes have different {what}. Copy those of the first machine to the others."
         )
 
 
@@ -5937,25 +6088,25 @@ def read_on_main_process(path):
             yield part
 
 
-def is_first_in(folder, counts=True):
+def is_first_in(folder, is_candidate=True):
     """Return whether this is the first of the processes that have the same folder on the same disk.
 
     These may be all processes, or only those of a machine. All must call this at the same time.
-    counts: whether this process is one that may be the first.
+    is_candidate: whether this process may be the one.
     """
     if world_size() == 1:
-        return counts
+        return is_candidate
     # A process sees the marks of those that write to the same disk. One name after the other is
     # looked up, as lists of files on a shared disk may be out of date.
     token = on_main_process(lambda: os.urandom(8).hex())
     marks = [Path(folder, f"{token}-{number}.distill_new") for number in range(world_size())]
-    if counts:
+    if is_candidate:
         Path(folder).mkdir(parents=True, exist_ok=True)
         marks[rank()].touch()
     wait_for_all()
-    is_first = counts and not any(mark.exists() for mark in marks[: rank()])
+    is_first = is_candidate and not any(mark.exists() for mark in marks[: rank()])
     wait_for_all()
-    if counts:
+    if is_candidate:
         marks[rank()].unlink(missing_ok=True)
     wait_for_all()
     return is_first
@@ -5976,7 +6127,7 @@ def main(argv=None):
         if texts is not None:
             show_predictions(texts)
             return
-        PartialState(cpu=True, timeout=timedelta(days=30))  # joins the other processes, if any
+        join_processes()
         on_main_process(check_settings)
         check_same_settings()
         run_locked()
@@ -5989,8 +6140,8 @@ def main(argv=None):
         if world_size() == 1 or "onnection" not in str(error):
             raise
         sys.exit(
-            f"distill.py, process {rank()}: stops, for another process has; that one's message "
-            "tells why"
+            f"distill.py, process {rank()}: the connection to another process has ended. Its "
+            "message tells why; if none has one, check the network, and GLOO_SOCKET_IFNAME"
         )
     except BrokenPipeError:
         # else Python would fail once more when it flushes standard output at its end

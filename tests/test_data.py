@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_read_file_finds_columns_in_another_unicode_form(settings, data):
 
 def test_find_columns_prefers_the_name_as_it_is_written():
     assert distill.find_columns("x", ["text"], ["text ", "text"]) == {"text": "text"}
-    with pytest.raises(distill.Problem, match="has no column text"):  # which of the two?
+    with pytest.raises(distill.Problem, match="text may be either. Rename one"):
         distill.find_columns("x", ["text"], ["text ", " text"])
 
 
@@ -259,8 +260,11 @@ def test_read_file_reads_one_gzip_file_in_cp932(settings, tmp_path):
 def test_open_text_finds_jis_across_parts(tmp_path, size):
     path = tmp_path / "jis.txt"
     path.write_bytes(b"x" * (size + 18) + "文".encode("iso2022_jp"))
-    with pytest.raises(ValueError, match="JIS"):
+    with pytest.raises(distill.Problem, match="JIS"):
         distill.open_text(path, "utf-8")
+    with open(path, "ab") as file:  # such marks also occur in what a terminal has printed
+        file.write("雨".encode())
+    distill.open_text(path, "utf-8").close()
 
 
 def test_read_file_reads_text_of_a_megabyte():
@@ -457,6 +461,38 @@ def test_read_file_reads_every_encoding_it_names(encoding):
 # ── Files that are refused ──
 
 
+@pytest.mark.parametrize("text", ["it’s good and doesn’t bore", "a clichéd film’s end"])
+def test_read_file_refuses_english_of_windows_readable_as_cp932(text):
+    content = f"text,label\n{text},0\n{text},1\n".encode("cp1252")
+    content.decode("cp932")
+    assert "it may be Windows-1252. Save it as UTF-8" in str(read(content))
+
+
+def test_read_file_reads_cp932_with_few_japanese_characters():
+    content = "text,label\nA社 is 10円 off,×\nvery good,○\nB級 film,○\n"
+    assert read(content.encode("cp932"))[0] == ("A社 is 10円 off", "×")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "\ntext,label\na,0\n", "its first line is empty"),
+        ("a.csv", "雨,0\n雪,1\n", "The first line of the file must hold the names"),
+        ("a.csv", "\ufeff\ufefftext,label\na,0\n", r"its columns are '\ufefftext', label"),
+        ("a.csv.gz", "text,label\na,0\n", "Its name ends in .gz, but it is not packed"),
+        ("a.parquet.gz", "", "a .parquet is not read as .gz. Unpack it"),
+        ("a.json", '[{"text": "a", "label": 0},\n]', "line 2: not JSON"),
+    ],
+)
+def test_read_file_says_what_is_wrong(name, content, message):
+    assert message in str(read(content, name))
+
+
+def test_read_file_of_jsonl_finds_both_spellings_of_a_key():
+    content = '{"text ": "雨", "label": 0}\n{"text": "雪", "label": 1}\n'
+    assert read(content, "a.jsonl") == [("雨", "0"), ("雪", "1")]
+
+
 def test_read_file_refuses_unknown_suffix(teacher, fails):
     Path("data.xlsx").write_bytes(b"PK")
     message = fails("--data", "data.xlsx")
@@ -486,8 +522,8 @@ def test_read_file_refuses_empty_and_broken_files(teacher, data, fails, name, co
     (data / name).write_bytes(content)
     message = fails()
     assert (
-        f"{data / name}: cannot be read" in message
-        and "Accepted are .csv" in message
+        re.search(f"{data / name}(: cannot be read|, line 1: not JSON)", message)
+        and "Accepted are" in message
         and message.count("\n") == 0
     )
 
@@ -781,7 +817,7 @@ def test_validate_rows_counts_empty_texts_and_missing_labels(teacher, data, fail
     message = fails()
     assert (
         "train: text empty or not a text in 6 rows: 3, 6, 8, 9, 10, …" in message
-        and "train: no label in 1 rows: 4" in message
+        and "train: no label in 1 row: 4" in message
     )
 
 
@@ -793,7 +829,7 @@ def test_validate_rows_counts_missing_values_of_jsonl(teacher, data, fails):
     )
     message = fails()
     assert (
-        "train: text empty or not a text in 1 rows: 1" in message
+        "train: text empty or not a text in 1 row: 1" in message
         and "train: no label in 2 rows: 2, 3" in message
     )
 
@@ -810,7 +846,7 @@ def test_validate_rows_refuses_numbers_as_texts(teacher, data, fails):
 def test_validate_rows_refuses_unknown_labels(teacher, data, fails, label):
     write_csv(data / "test.csv", [("良い", label), ("悪い", "negative")])
     assert (
-        f"test: label '{label}', which the teacher does not have (negative, positive), in 1 rows: 1"
+        f"test: label '{label}', which the teacher does not have (negative, positive), in 1 row: 1"
         in fails()
     )
 
@@ -1043,8 +1079,40 @@ def test_read_splits_reads_folder_as_the_hub_lays_it_out(settings):
     assert splits["train"]["text"][:] == [text for text, _ in rows("train", 48)]
     assert [len(rows) for rows in splits.values()] == [48, 16, 16]
     Path("set/data/train-00001-of-00002.parquet").unlink()
-    with pytest.raises(distill.Problem, match="of the 2 parts of train only 1 are there"):
+    with pytest.raises(distill.Problem, match="of the 2 parts of train.* 1 cannot be found"):
         load_splits(settings, DATA="set")
+
+
+@pytest.mark.parametrize("end", [".parquet", "-0a1b2c3d4e5f.parquet"])  # older names have a hash
+def test_are_shards_names_missing_part(settings, end):
+    for split in "train", "val", "test":
+        for number in range(1 if split == "train" else 2):
+            write_parquet(Path(f"set/{split}-0000{number}-of-00002{end}"), rows("train", 8))
+    with pytest.raises(distill.Problem, match="of the 2 parts of train.* 1 cannot be found"):
+        load_splits(settings, DATA="set")
+    write_parquet(Path(f"set/train-00001-of-00002{end}"), rows("train", 16)[8:])
+    assert len(load_splits(settings, DATA="set")["train"]) == 16
+
+
+def test_labeled_files_refuses_names_of_two_kinds(settings, data):
+    """The longer one would not be read."""
+    (data / "train.csv").rename(data / "train-v1.csv")
+    with pytest.raises(distill.Problem, match="train-v1.csv may be train, but .*test.csv.* Name"):
+        load_splits(settings)
+
+
+def test_load_dataset_from_library_does_not_ask_the_hub_for_a_file(settings):
+    settings.setattr(distill.datasets, "load_dataset", None)
+    for name in "reviews.csv", "./reviews", "my/own/reviews":
+        with pytest.raises(distill.Problem, match="no such file or folder. Name a folder"):
+            load_splits(settings, DATA=name)
+
+
+def test_needed_columns_refuse_bytes(settings):
+    table = [(text, label.encode()) for text, label in rows("train", 40)]
+    write_parquet(Path("all.parquet"), table)
+    with pytest.raises(distill.Problem, match="column label of the set holds .*binary"):
+        load_splits(settings, DATA="all.parquet")
 
 
 def test_read_files_refuses_shards_that_do_not_fit(settings):
@@ -1071,7 +1139,7 @@ def test_read_file_of_json_refuses_two_names_that_match(settings, data):
     for split in "train", "val", "test":
         (data / f"{split}.csv").unlink()
         (data / f"{split}.jsonl").write_text('{"text ": "a", " text": "b", "label": 0}\n', "utf-8")
-    with pytest.raises(distill.Problem, match="has no column text; its columns are 'text '"):
+    with pytest.raises(distill.Problem, match="the columns 'text ' and ' text'.*Rename one"):
         load_splits(settings)
 
 

@@ -173,6 +173,14 @@ def test_run_names_missing_package(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_run_names_python_version_that_is_too_old():
+    program = "import runpy, sys; sys.version_info = (3, 10); runpy.run_path(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT / "distill.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "needs Python 3.11 or newer; this is" in done.stderr
+
+
 # ── Scale ──
 
 

@@ -173,9 +173,18 @@ def test_read_unlabeled_takes_soft_labels_too(answers, run, fails, monkeypatch):
     table[4] = (table[4][0], "[0.1]")
     write_csv("more.csv", table, ("text", "p"))
     message = fails(*GIVEN, "--unlabeled", "more.csv")
-    assert "UNLABELED = 'more.csv'" in message and message.endswith("in 1 rows: 5")
+    assert "UNLABELED = 'more.csv'" in message and message.endswith("in 1 row: 5")
     Path("more.txt").write_text("良い。\n", "utf-8")
-    assert "more.txt has no column p" in fails(*GIVEN, "--unlabeled", "more.txt")
+    assert "more.txt: has one text per line, and no p" in fails(*GIVEN, "--unlabeled", "more.txt")
+
+
+def test_soft_labels_as_objects_are_told_what_is_accepted(teacher, data, fails):
+    for split in "train", "val", "test":
+        line = {"text": "雨", "label": "negative", "p": {"negative": 0.9, "positive": 0.1}}
+        (data / f"{split}.csv").unlink()
+        (data / f"{split}.jsonl").write_text(json.dumps(line), "utf-8")
+    message = fails("--soft-labels-column", "p")
+    assert "p is an object; accepted is a list of probabilities such as [0.1, 0.9]" in message
 
 
 def test_check_settings_refuses_what_needs_a_teacher(teacher, data, fails):

@@ -48,8 +48,8 @@ def test_load_student_knows_whether_it_was_trained_on_pairs(teacher, data, run, 
     capsys.readouterr()
     distill.main(["--text-pair-column", "None", "--predict", "良い\t悪い"])  # it knows by itself
     assert capsys.readouterr().out == f"{answer['label']}\t{answer['score']:.4f}\n"
-    with pytest.raises(SystemExit, match="with a tab between"):
-        distill.main(["--text-pair-column", "None", "--predict", "良い"])
+    with pytest.raises(SystemExit, match="text 2 has 0 tabs; a pair is two texts with one tab"):
+        distill.main(["--text-pair-column", "None", "--predict", "良い\t悪い", "良い"])
 
 
 def test_stdin_lines_drops_the_mark_of_windows(teacher, monkeypatch, capsys):

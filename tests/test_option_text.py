@@ -85,6 +85,13 @@ def test_read_unlabeled_skips_dot_files_and_ignores_case(teacher, data, run):
     )
 
 
+@pytest.mark.parametrize("values", [[1.5, 2.5], [["良", "い"], ["雨"]]])
+def test_read_unlabeled_refuses_what_is_no_text(teacher, data, fails, values):
+    distill.datasets.Dataset.from_dict({"text": values}).to_parquet("more.parquet")
+    message = fails("--unlabeled", "more.parquet")
+    assert "column text of more.parquet holds" in message and "Set TEXT_COLUMN" in message
+
+
 def test_read_unlabeled_refuses_file_without_text(teacher, data, fails):
     Path("empty.txt").write_text("\n \n", "utf-8")
     assert "UNLABELED = 'empty.txt': holds no text, only empty lines" in fails(

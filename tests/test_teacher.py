@@ -46,11 +46,11 @@ def edit_config(folder, **changes):
 
 def test_refuse_missing_model_for_empty_folder(data, fails):
     Path("finetuned_bert_japanese").mkdir()
-    assert "holds no model (no config.json" in fails()
+    assert "holds no model (there is no config.json" in fails()
 
 
 def test_refuse_missing_model_for_file_in_place_of_folder(teacher, data, fails):
-    assert "config.json': holds no model" in fails("--teacher", str(teacher / "config.json"))
+    assert "is a file. Name the folder it is in" in fails("--teacher", str(teacher / "config.json"))
     assert "vocab.txt' holds no tokenizer" in fails("--tokenizer", str(teacher / "vocab.txt"))
 
 
@@ -241,11 +241,29 @@ def test_load_tokenizer_refuses_folder_without_and_names_fix(data, fails, run):
         ("You need to install rhoknp to use JumanppTokenizer.", "rhoknp (it calls Juman++"),
         ("requires the protobuf library but it was not found in your environment", "protobuf"),
         ("No module named 'fugashi'", "fugashi unidic-lite"),
+        ("Package `sudachidict_full` is not installed: pip install it", "sudachidict_full"),
     ],
 )
 def test_missing_package_advice_names_what_the_library_names(reason, packages):
     assert distill.missing_package_advice(reason).startswith(f"pip install {packages}")
     assert distill.missing_package_advice("its vocabulary is of ipadic, broken") is None
+
+
+def test_missing_package_advice_knows_that_unidic_is_two_steps():
+    reason = "The unidic dictionary itself is not found. See … for installation."
+    assert distill.missing_package_advice(reason) == "python -m unidic download"
+
+
+@pytest.mark.parametrize("weights", [b"version https://git-lfs.github.com/spec/v1\n", b""])
+def test_weights_advice_for_damaged_file(teacher, data, fails, weights):
+    (teacher / "model.safetensors").write_bytes(weights)
+    assert "git lfs pull, or download it again" in fails()
+
+
+def test_weights_advice_for_config_of_another_model(teacher, data, fails):
+    edit_json(teacher / "config.json", id2label={"0": "negative", "1": "positive", "2": "mixed"})
+    edit_json(teacher / "config.json", label2id={"negative": 0, "positive": 1, "mixed": 2})
+    assert "Its config.json does not fit its weights" in fails()
 
 
 @pytest.mark.parametrize("package", ["fugashi", "unidic_lite"])
@@ -540,6 +558,18 @@ def test_warn_if_timed_on_other_hardware_logs_note(teacher, data, run, monkeypat
         "the teacher's seconds are from a run with another processor or number of threads"
         in notes(run("--epochs", "2"))
     )
+
+
+def test_rename_extra_tokens_lets_transformers_4_read_the_tokenizer(teacher, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[匿名]"]})
+    distill.save_folder(tmp_path / "saved", tiny_model(), tokenizer)
+    saved = json.loads(Path(tmp_path, "saved", "tokenizer_config.json").read_text("utf-8"))
+    assert saved["additional_special_tokens"] == ["[匿名]"]  # what version 4 writes and reads
+    assert not isinstance(saved.get("extra_special_tokens"), list)
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    text = "[匿名]の部屋"
+    assert again(text) == tokenizer(text) and "[匿名]" in again.all_special_tokens
 
 
 # ── Folders that hold something else than a model ──

@@ -1,7 +1,10 @@
 """Token ids: those of the stock tokenizer, in less time."""
 
+import importlib.util
+import pickle
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
 from conftest import ODD_TEXTS, SAMPLE, load_splits, notes, rows, tiny_model, write_csv
@@ -102,6 +105,26 @@ def test_tokenize_with_more_processes_gives_same_rows(teacher, data, settings, m
     assert {split: table.to_dict() for split, table in one.items()} == {
         split: table.to_dict() for split, table in two.items()
     }
+
+
+def test_encode_batch_depends_on_no_setting(teacher, settings):
+    """On a Mac another process imports distill.py anew, and has the settings at its top."""
+    settings.setattr(distill, "MAX_LENGTH", 8)
+    seen = []
+    settings.setattr(distill, "map_to_cache", lambda rows, *_, **options: seen.append(options))
+    settings.setattr(distill, "log_tokens", lambda *_: None)
+    settings.setattr(distill, "log_shared_texts", lambda *_: None)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    texts = {"text": [text for text, _ in rows("train", 20)]}
+    distill.tokenize({"train": datasets.Dataset.from_dict(texts)}, tokenizer)
+    arguments = pickle.loads(pickle.dumps(seen[0]["fn_kwargs"]))
+    spec = importlib.util.spec_from_file_location("imported_anew", distill.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert anew.MAX_LENGTH == 128
+    columns = anew.encode_batch(texts, **arguments)
+    assert max(columns["length"]) == 8
+    assert columns == distill.encode_batch(texts, **seen[0]["fn_kwargs"])
 
 
 def test_tokenize_reads_pairs_in_columns_of_other_names(settings, teacher):
