@@ -6034,8 +6034,8 @@ def join_processes():
     try:
         with as_problem(
             "this process cannot reach the others",
-            "GLOO_SOCKET_IFNAME must name this machine's network card (`ip addr` or `ifconfig` lists "
-            "them), and --master_addr the address of the first machine",
+            "GLOO_SOCKET_IFNAME must name this machine's network card (see `ip addr`; on a Mac, "
+            "`ifconfig`), and --master_addr the address of the first machine",
         ):
             PartialState(cpu=True, timeout=timedelta(days=30))
     except Problem as problem:  # here, because `main` would ask for the rank
