@@ -52,7 +52,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-if sys.version_info < (3, 11):  # noqa: UP036 (an older one would fail later, with less to say)
+if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse message)
     sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
 
 try:
@@ -214,7 +214,7 @@ def add_soft_labels(data, teacher, collate_fn):
     # otherwise answers of another teacher, or to other texts, would be cached under these keys
     check_same("teachers, or versions of transformers", teacher_digest)
     for split, rows in data.items():
-        check_same(f"texts in {split}", iter_batches(rows, "key"))
+        check_same(f"texts or tokenizers (seen in {split})", iter_batches(rows, "key"))
     cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
@@ -976,8 +976,8 @@ def refuse_missing_model(name, setting):
     """Raise Problem if `name` is a path at which there is no model."""
     if os.path.isfile(name):
         raise Problem(
-            f"{setting} = {name!r}: is a file. Name the folder it is in: "
-            f"{os.path.dirname(name) or '.'}."
+            f"{setting} = {name!r}: is a file; accepted is the folder of a model, such as "
+            f"{os.path.dirname(name) or os.curdir!r}."
         )
     if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
         advice = "Save one into it with model.save_pretrained, or name another folder"
@@ -1338,12 +1338,12 @@ def weights_advice(reason):
     if "ignore_mismatched_sizes" in reason:
         return (
             "Its config.json does not fit its weights: it may have another number of labels in "
-            "id2label. Put the config.json there that was saved with them"
+            "id2label. Use the config.json that was saved with these weights"
         )
     if "header" in reason.lower():
         return (
-            "The file is damaged, or stands for one that Git LFS has not fetched: run git lfs "
-            "pull, or download it again"
+            "The file is damaged, or is only a Git LFS pointer: run git lfs pull, or download it "
+            "again"
         )
     return "Copy or save the model again"
 
@@ -1476,7 +1476,7 @@ def load_data(label2id=None):
             splits["train"], _ = split_rows(splits["train"], 1 - TRAIN_FRACTION, len(names))
     log_label_counts(splits, names)
     if SOFT_LABELS_COLUMN:
-        log("data", f"in {SOFT_LABELS_COLUMN}, the labels have this order: {short_list(names)}")
+        log("data", f"in {SOFT_LABELS_COLUMN}, the labels have this order: {', '.join(names)}")
     return splits, {name: number for number, name in enumerate(names)}
 
 
@@ -1638,7 +1638,8 @@ def load_dataset_from_library(path, files):
         f"Name a folder with train, val and test files ({', '.join(LABELED_KINDS)}), a single "
         "file, or a hub data set (with a configuration: org/name:configuration)"
     )
-    if not path.is_dir() and (looks_like_path(DATA) or file_kind(path) in LABELED_KINDS):
+    is_file_name = "/" not in DATA and file_kind(path) in LABELED_KINDS
+    if not path.is_dir() and (looks_like_path(DATA) or is_file_name):
         raise Problem(f"DATA = {DATA!r}: no such file or folder. {advice}.")
     with as_problem(f"DATA = {DATA!r}: no such file or folder, and no data set to load", advice):
         forbid_outside_paths(path)
@@ -1670,9 +1671,9 @@ def labeled_files(folder):
             log("data", f"{split} is {short_list([file.name for file in group])}")
     for split in exact and longer.keys() - exact.keys():
         raise Problem(
-            f"DATA = {DATA!r}: {short_list([file.name for file in longer[split]])} may be {split}, "
-            f"but {short_list([file.name for [file, *_] in exact.values()])} have shorter names. "
-            "Name all files alike."
+            f"DATA = {DATA!r}: {longer[split][0].name} would be {split}, but is not read beside "
+            f"{next(iter(exact.values()))[0].name}, which has the exact name of a split. Name all "
+            "files alike."
         )
     return exact or longer
 
@@ -1690,8 +1691,8 @@ def are_shards(files):
     missing = sorted({*range(n_shards)} - {*numbers})
     if missing:
         raise Problem(
-            f"DATA = {DATA!r}: of the {n_shards} parts of {name}, counted from 0, "
-            f"{short_list(list(map(str, missing)))} cannot be found. Add what is missing."
+            f"DATA = {DATA!r}: {name} has the parts 0 to {n_shards - 1}; missing: "
+            f"{short_list(list(map(str, missing)))}. Add what is missing."
         )
     return len(numbers) == n_shards
 
@@ -1767,7 +1768,7 @@ def read_file(path, columns, known_labels=frozenset()):
 def read_advice(reason):
     """Return what to do if a data file cannot be read."""
     if "Not a gzipped file" in reason:
-        return "Its name ends in .gz, but it is not packed: rename it"
+        return "Its name ends in .gz, but it is not compressed: remove .gz from its name"
     return (
         f"Accepted are {', '.join(LABELED_KINDS)}, for UNLABELED also .txt; all but .parquet also "
         "as .gz; with at least one row; in UTF-8, UTF-16 with BOM or CP932"
@@ -1838,10 +1839,11 @@ def other_encoding(path):
             "are no character. Save it as UTF-8."
         ) from None
 
-    # English from Windows may decode as CP932, too, but as what no Japanese text has: lone kanji
-    # in the place of apostrophes, such as "it\u75f4 good" for "it's good"
-    words = re.findall(r"[^\x00-\x7f]+", text)
-    if len(re.findall(r"[A-Za-z][^\x00-\x7f](?=[A-Za-z ])", text)) > len(words) / 2:
+    # English from Windows may decode as CP932, too: the apostrophe of "don't" and the letter after
+    # it become one kanji. In Japanese hardly any character stands alone after a Latin letter.
+    n_words = len(re.findall(r"[^\x00-\x7f]+", text))
+    lone_characters = rb"(?<=[A-Za-z])[\x81-\x9f\xe0-\xfc][A-Za-z](?![\x80-\xff])"
+    if len(re.findall(lone_characters, content)) > n_words / 2:
         raise Problem(save_as_utf8.format("Windows-1252"))
     return "cp932"
 
@@ -1863,14 +1865,12 @@ def open_text(path, encoding, newline=None):
     """
     with open_bytes(path) as file:
         end = b""
-        switches_characters = False
-        is_ascii = True
         while part := file.read(1 << 20):
-            switches_characters |= b"\x1b$" in end + part or b"\x1b(" in end + part
-            is_ascii &= part.isascii()
-            end = part[-1:]
-    if switches_characters and is_ascii:
-        raise Problem(f"{path}: cannot be read: it is JIS (ISO-2022-JP). Save it as UTF-8.")
+            # the marks before kanji and kana; the mark of the way back, "\x1b(B", also occurs in
+            # what a terminal has printed
+            if re.search(rb"\x1b(\$[@B(]|\([IJ])", end + part):
+                raise Problem(f"{path}: cannot be read: it is JIS (ISO-2022-JP). Save it as UTF-8.")
+            end = part[-2:]
     return io.TextIOWrapper(open_bytes(path), encoding, newline=newline)
 
 
@@ -1989,9 +1989,8 @@ def find_columns(where, columns, found):
 def show_name(name):
     """Return the name of a column as a message shows it: quoted if one would not see all of it."""
     name = str(name)
-    if not name.isprintable():
-        return ascii(name)
-    return repr(name) if name != name.strip() or not name else name
+    is_plain = name and name == name.strip() and name.isprintable()
+    return name if is_plain else repr(name)
 
 
 def refuse_missing_columns(where, missing, found):
@@ -2028,8 +2027,9 @@ def json_rows(path, encoding, columns, known_labels):
             if not isinstance(row, dict):
                 fields = ", ".join(f'"{name}": …' for name in columns)
                 raise Problem(f"{where}: no object. Accepted is one such as {{{fields}}}.")
-            if unseen:
-                for name in unseen - row.keys():
+            absent = [name for name in columns if name not in row and keys[name] not in row]
+            if unseen or absent:
+                for name in absent:
                     matches = [key for key in row if canonical_name(key) == canonical_name(name)]
                     if len(matches) == 1:
                         keys[name] = matches[0]
@@ -2114,8 +2114,8 @@ def text_rows(path, encoding, columns, known_labels):
     """Yield the rows of a .txt file: one text per line."""
     if len(columns) > 1:
         raise Problem(
-            f"{path}: has one text per line, and no {', '.join(columns[1:])}. Write the columns "
-            f"into a .csv or .jsonl file."
+            f"{path} holds one text per line, so it has no column {', '.join(columns[1:])}. Write "
+            "the columns into a .csv or .jsonl file."
         )
     with open_text(path, encoding) as file:
         for line in file:
@@ -2184,8 +2184,8 @@ def refuse_faulty_rows(where, name, faults):
             "correct or remove these rows, counted from 1; labels are the teacher's names or "
             "numbers."
         )
-        if any("label '-1'" in line for line in lines):  # how hubs mark a test set kept secret
-            hint += " A split whose labels are all -1 has none: give one with labels."
+        if any("label '-1'" in line for line in lines):  # how the hub marks withheld labels
+            hint += " A split with -1 for every label has none: use one that has them."
         if DATA == "tests/sample" and where.startswith("DATA"):
             hint = "DATA is still the sample; set it to your teacher's data."
         raise Problem("\n  ".join([f"{where}: {hint}", *lines[:9]]))
@@ -3599,6 +3599,9 @@ AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbour
 GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MateTrainer, too
 
 
+TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
+
+
 def load_extra_texts(train_rows, tokenizer):
     """Return {"unlabeled": …, "copies": …}, as far as the settings ask for them."""
     extra = {}
@@ -3630,7 +3633,7 @@ def read_unlabeled(n_classes=None):
         part = take_columns(name, columns, rows)
         for column in text_columns():
             kind = part.features[column]
-            if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+            if getattr(kind, "dtype", None) not in TEXT_TYPES:
                 raise Problem(
                     f"UNLABELED = {UNLABELED!r}: column {column} of {name} holds {kind}; accepted "
                     "are texts. Set TEXT_COLUMN to the column with the texts."
@@ -5006,8 +5009,8 @@ def encode_texts(tokenizer, texts, n_texts=None):
         is_row = isinstance(row, tuple | list) and len(row) == len(rows[0]) in (1, 2)
         if not is_row or not all(isinstance(text, str) and is_encodable(text) for text in row):
             raise Problem(
-                f"texts[{number}] is {row!r:.60}; accepted are a list of texts, or of pairs of "
-                "texts, without half characters (surrogates)."
+                f"texts[{number}] is {row!r:.60}; each must be a text or, in all rows alike, a "
+                "pair of texts, without lone surrogates."
             )
     if len(rows[0]) != (n_texts or len(rows[0])):
         raise Problem(
@@ -5420,9 +5423,7 @@ def read_command_line(argv):
         )
     argv, texts = take_texts(sys.argv[1:] if argv is None else argv)
     options = vars(parser.parse_args(argv))
-    more = options.pop("predict")  # as --predict=TEXT
-    if more is not None:
-        texts = [*(texts or []), *more]
+    options.pop("predict")
     changes = {name.upper(): parse_value(name.upper(), given) for name, given in options.items()}
     return changes, texts
 
@@ -5440,6 +5441,8 @@ def take_texts(argv):
         if argument == "--predict":
             after_predict = True
             texts = texts or []
+        elif argument.startswith("--predict="):
+            texts = [*(texts or []), argument.removeprefix("--predict=")]
         elif after_predict:
             texts.append(argument)
         else:
@@ -5686,7 +5689,7 @@ def folder_faults():
                 f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might "
                 "overwrite; name another"
             )
-    if rank() == 0:  # after the loop, in which CACHE was made: only then can it be told from OUTPUT
+    if rank() == 0:  # the loop has made CACHE, and `is_inside` compares folders that exist
         faults += output_faults()
     return faults
 
@@ -5924,9 +5927,9 @@ def save_folder(folder, model, tokenizer, write_more=None):
 
 
 def rename_extra_tokens(folder):
-    """Write a tokenizer's additional special tokens under the key that transformers 4 knows, too.
+    """Rename the list of additional special tokens to the key that transformers 4 and 5 both read.
 
-    Version 5 lists them under a key whose value version 4 takes for a dict, so that it would stop.
+    Version 5 writes extra_special_tokens, which version 4 expects to be a dict, and fails.
     """
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text("utf-8"))
@@ -6034,11 +6037,12 @@ def join_processes():
     try:
         with as_problem(
             "this process cannot reach the others",
-            "GLOO_SOCKET_IFNAME must name this machine's network card (see `ip addr`; on a Mac, "
-            "`ifconfig`), and --master_addr the address of the first machine",
+            "If GLOO_SOCKET_IFNAME is set, it must be a network card of this machine (`ip addr` "
+            "or, on a Mac, `ifconfig` lists them); --master_addr must be the address of the first "
+            "machine",
         ):
             PartialState(cpu=True, timeout=timedelta(days=30))
-    except Problem as problem:  # here, because `main` would ask for the rank
+    except Problem as problem:  # `main` would ask for the rank, which fails in the same way
         sys.exit(f"distill.py: {problem}")
 
 
@@ -6076,9 +6080,7 @@ def wait_for_all():
 def check_same(what, *parts):
     """Raise Problem if `digest(*parts)` is not the same in all processes. what: what that means."""
     if world_size() > 1 and len(set(gather_from_all(digest(*parts)))) > 1:
-        raise Problem(
-            f"the processes have different {what}. Copy those of the first machine to the others."
-        )
+        raise Problem(f"the processes differ in their {what}. Make them the same on all machines.")
 
 
 def read_on_main_process(path):
@@ -6140,8 +6142,8 @@ def main(argv=None):
         if world_size() == 1 or "onnection" not in str(error):
             raise
         sys.exit(
-            f"distill.py, process {rank()}: the connection to another process has ended. Its "
-            "message tells why; if none has one, check the network, and GLOO_SOCKET_IFNAME"
+            f"distill.py, process {rank()}: lost its connection to another process. That process "
+            "says why; if no process does, check the network and GLOO_SOCKET_IFNAME"
         )
     except BrokenPipeError:
         # else Python would fail once more when it flushes standard output at its end

@@ -63,6 +63,7 @@ def test_add_given_soft_labels_gives_the_student_of_the_teachers_pass(
     printed = run(*GIVEN, "--cache", "another")
     assert MODEL.read_bytes() == student and history() == losses
     assert "teacher   its probabilities are read from the column p" in printed
+    assert "in p, the labels have this order: negative, positive" in printed
 
     # what is not known of this teacher is left out
     found = report()
@@ -175,7 +176,8 @@ def test_read_unlabeled_takes_soft_labels_too(answers, run, fails, monkeypatch):
     message = fails(*GIVEN, "--unlabeled", "more.csv")
     assert "UNLABELED = 'more.csv'" in message and message.endswith("in 1 row: 5")
     Path("more.txt").write_text("良い。\n", "utf-8")
-    assert "more.txt: has one text per line, and no p" in fails(*GIVEN, "--unlabeled", "more.txt")
+    message = fails(*GIVEN, "--unlabeled", "more.txt")
+    assert "more.txt holds one text per line, so it has no column p" in message
 
 
 def test_soft_labels_as_objects_are_told_what_is_accepted(teacher, data, fails):

@@ -88,7 +88,7 @@ def test_load_student_equals_stock_and_command_line(teacher, data, run, capsys, 
         }
     assert predict(texts[0])[0]["score"] == pytest.approx(found[0]["score"]) and predict([]) == []
     for bad in [1], [None], [("a", 1)]:
-        with pytest.raises(distill.Problem, match="accepted are a list of texts"):
+        with pytest.raises(distill.Problem, match="each must be a text or, in all rows"):
             predict(bad)
 
     capsys.readouterr()
@@ -104,7 +104,7 @@ def test_load_student_equals_stock_and_command_line(teacher, data, run, capsys, 
 
 def test_load_student_takes_texts_and_pairs_alone(teacher):
     for texts in [["a", "b", "c"]], [[]], [["a"], ["a", "b"]], [3]:
-        with pytest.raises(distill.Problem, match="a list of texts, or of pairs"):
+        with pytest.raises(distill.Problem, match="each must be a text or, in all rows"):
             distill.load_student(teacher)(texts)
     command = f"{sys.executable} {ROOT / 'distill.py'} --output {teacher} --predict <&-"
     done = subprocess.run(["bash", "-c", command], capture_output=True)

@@ -153,7 +153,9 @@ def test_check_same_refuses_machine_with_other_texts(teacher, data):
     shutil.copytree("data", "second/data")
     write_csv(Path("second/data/train.csv"), rows("train", 48)[::-1])
     for status, said in two_machines([], []):
-        assert status and "the processes have different texts in train" in said
+        assert (
+            status and "the processes differ in their texts or tokenizers (seen in train)" in said
+        )
     assert not [*Path("first/.distill_cache").glob("teacher-*.pt")]
     weights = Path(teacher, "model.safetensors")  # the second machine has got the teacher
     assert Path("second", weights).read_bytes() == weights.read_bytes()
@@ -168,6 +170,15 @@ def test_check_same_settings_refuses_other_settings_but_not_other_folders(settin
     assert "different settings: ALPHA." in str(check(ALPHA=0.7))
     assert "different settings: UNLABELED." in str(check(UNLABELED=False))  # is not None there
     assert "different settings: STUDENT_INIT." in str(check(STUDENT_INIT="random"))
+
+
+def test_join_processes_says_what_to_check(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("Unable to find address for: eth0")
+
+    monkeypatch.setattr(distill, "PartialState", refuse)
+    with pytest.raises(SystemExit, match="address for: eth0. If GLOO_SOCKET_IFNAME is set, it"):
+        distill.join_processes()
 
 
 def test_refuse_teacher_elsewhere_names_process(settings):

@@ -188,8 +188,8 @@ def test_take_texts_takes_texts_that_begin_with_a_dash():
     argv = ["--predict", "-5点", "--", "-h?", "- 悪い", "--output", "out"]
     changes, texts = distill.read_command_line(argv)
     assert changes == {"OUTPUT": "out"} and texts == ["-5点", "--", "-h?", "- 悪い"]
-    argv = ["--predict", "良い", "-----", "--predict", "悪い", "--seed", "1", "--predict=雨"]
-    assert distill.read_command_line(argv) == ({"SEED": 1}, ["良い", "-----", "悪い", "雨"])
+    argv = ["--predict=雨", "--predict", "良い", "-----", "--seed", "1", "--predict", "悪い"]
+    assert distill.read_command_line(argv) == ({"SEED": 1}, ["雨", "良い", "-----", "悪い"])
     assert distill.read_command_line(["--predict"])[1] == []
     assert distill.read_command_line(["--seed", "1"])[1] is None
     with pytest.raises(SystemExit):  # a mistyped option is no text

@@ -50,7 +50,8 @@ def test_refuse_missing_model_for_empty_folder(data, fails):
 
 
 def test_refuse_missing_model_for_file_in_place_of_folder(teacher, data, fails):
-    assert "is a file. Name the folder it is in" in fails("--teacher", str(teacher / "config.json"))
+    message = fails("--teacher", str(teacher / "config.json"))
+    assert "is a file; accepted is the folder of a model, such as" in message
     assert "vocab.txt' holds no tokenizer" in fails("--tokenizer", str(teacher / "vocab.txt"))
 
 
@@ -257,6 +258,8 @@ def test_missing_package_advice_knows_that_unidic_is_two_steps():
 @pytest.mark.parametrize("weights", [b"version https://git-lfs.github.com/spec/v1\n", b""])
 def test_weights_advice_for_damaged_file(teacher, data, fails, weights):
     (teacher / "model.safetensors").write_bytes(weights)
+    assert "git lfs pull, or download it again" in fails()
+    edit_json(teacher / "config.json", id2label=None, label2id=None)  # then it is read even earlier
     assert "git lfs pull, or download it again" in fails()
 
 

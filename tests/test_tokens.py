@@ -110,12 +110,13 @@ def test_tokenize_with_more_processes_gives_same_rows(teacher, data, settings, m
 def test_encode_batch_depends_on_no_setting(teacher, settings):
     """On a Mac another process imports distill.py anew, and has the settings at its top."""
     settings.setattr(distill, "MAX_LENGTH", 8)
+    settings.setattr(distill, "TEXT_COLUMN", "sentence")
     seen = []
     settings.setattr(distill, "map_to_cache", lambda rows, *_, **options: seen.append(options))
     settings.setattr(distill, "log_tokens", lambda *_: None)
     settings.setattr(distill, "log_shared_texts", lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    texts = {"text": [text for text, _ in rows("train", 20)]}
+    texts = {"sentence": [text for text, _ in rows("train", 20)]}
     distill.tokenize({"train": datasets.Dataset.from_dict(texts)}, tokenizer)
     arguments = pickle.loads(pickle.dumps(seen[0]["fn_kwargs"]))
     spec = importlib.util.spec_from_file_location("imported_anew", distill.__file__)

@@ -11,7 +11,8 @@
 # first one's teacher, 1 if not, 2 if this machine cannot run it. Dropout is 0 throughout: each
 # process would draw its own.
 set -euo pipefail
-PYTHON=$(command -v "${PYTHON:-python}" || true)
+given=${PYTHON:-python}
+PYTHON=$(command -v "$given" || true)
 [[ $PYTHON != */* ]] || PYTHON=$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 export PYTHON OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
@@ -23,7 +24,7 @@ cannot() {
 [[ $(id -u) == 0 ]] || cannot "network namespaces need root"
 command -v ip > /dev/null || cannot "the program ip is missing (apt-get install iproute2)"
 "$PYTHON" -c "import torch" 2> /dev/null ||
-    cannot "${PYTHON:-python} has no torch; name another in PYTHON"
+    cannot "$given is missing or has no torch; name another in PYTHON"
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
@@ -61,9 +62,9 @@ for host in one "$first" "$second"; do
     mkdir -p "${home[$host]}"
     cp -r "$root/distill.py" "$root/tests" "${home[$host]}"
     (
-        cd "${home[$host]}"
-        sed -i 's/\(dropout_prob": \)0.1/\10.0/' tests/sample/base/config.json
-        PYTHONPATH=tests "$PYTHON" - 2> "$work/models.txt" << 'END'
+        cd "${home[$host]}" &&
+            sed -i 's/\(dropout_prob": \)0.1/\10.0/' tests/sample/base/config.json &&
+            PYTHONPATH=tests "$PYTHON" - 2> "$work/models.txt" << 'END'
 from conftest import save_model
 without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 save_model("teacher", **without_dropout)
