@@ -3598,7 +3598,6 @@ AUGMENT_MASK = 0.1  # in a copy, the probability that a word becomes [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
 GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MateTrainer, too
 
-
 TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
 
 
@@ -4849,6 +4848,7 @@ def export_onnx(graph, example, folder):
         **export_options(example),
         input_names=[*example],
         output_names=["logits"],
+        dynamo=True,  # the default from PyTorch 2.9 on
         verbose=False,
     )
     program.save(path)
