@@ -979,7 +979,10 @@ def refuse_missing_model(name, setting):
             f"{setting} = {name!r}: is a file; accepted is the folder of a model, such as "
             f"{os.path.dirname(name) or os.curdir!r}."
         )
-    if os.path.exists(name) and not os.path.isfile(os.path.join(name, "config.json")):
+
+    # a folder
+    has_config = os.path.isfile(os.path.join(name, "config.json"))
+    if os.path.exists(name) and not has_config:
         advice = "Save one into it with model.save_pretrained, or name another folder"
         checkpoints = sorted(glob.glob(f"{glob.escape(name)}/checkpoint-*/config.json"))
         if checkpoints:
@@ -995,6 +998,8 @@ def refuse_missing_model(name, setting):
         )
     if os.path.isdir(name):
         return
+
+    # no file or folder: perhaps a hub name
     if looks_like_path(name):
         advice = {
             "TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to "
