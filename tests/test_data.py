@@ -487,7 +487,7 @@ def test_read_file_reads_cp932_with_few_japanese_characters():
         ("a.csv", "\ufeff\ufefftext,label\na,0\n", r"its columns are '\ufefftext', label"),
         ("a.csv.gz", "text,label\na,0\n", "but it is not compressed: remove .gz"),
         ("a.parquet.gz", "", "a .parquet is not read as .gz. Unpack it"),
-        ("a.json", '[{"text": "a", "label": 0},\n]', "line 2: not JSON"),
+        ("a.json", '[{"text": "a", "label": 0},\n{"text"}]', "line 2: not JSON"),
     ],
 )
 def test_read_file_says_what_is_wrong(name, content, message):
