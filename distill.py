@@ -1809,7 +1809,12 @@ def string_array(values):
 
 def other_encoding(path):
     """Return the encoding of a file that is not UTF-8; Problem where it might be another."""
-    save_as_utf8 = f"{path}: cannot be read: it is not UTF-8; it may be {{}}. Save it as UTF-8."
+
+    def suspect(encoding):
+        return Problem(
+            f"{path}: cannot be read: it is not UTF-8; it may be {encoding}. Save it as UTF-8."
+        )
+
     with open_bytes(path) as file:
         content = file.read()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -1828,13 +1833,13 @@ def other_encoding(path):
         )
 
     if content.count(b"\0") > len(content) / 10:
-        raise Problem(save_as_utf8.format("UTF-16 without its mark (BOM)"))
+        raise suspect("UTF-16 without its mark (BOM)")
 
     # Much EUC-JP decodes as CP932, to other characters; hardly any CP932 decodes as EUC-JP.
     for encoding in "euc_jp", "euc_jis_2004":
         with contextlib.suppress(UnicodeDecodeError):
             content.decode(encoding)
-            raise Problem(save_as_utf8.format("EUC-JP"))
+            raise suspect("EUC-JP")
     try:
         text = content.decode("cp932")
     except UnicodeDecodeError as error:
@@ -1849,7 +1854,7 @@ def other_encoding(path):
     n_words = len(re.findall(r"[^\x00-\x7f]+", text))
     lone_characters = rb"(?<=[A-Za-z])[\x81-\x9f\xe0-\xfc][A-Za-z](?![\x80-\xff])"
     if len(re.findall(lone_characters, content)) > n_words / 2:
-        raise Problem(save_as_utf8.format("Windows-1252"))
+        raise suspect("Windows-1252")
     return "cp932"
 
 

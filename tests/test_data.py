@@ -440,7 +440,8 @@ def test_read_file_refuses_jis_readable_as_utf_8():
 
 
 def test_read_file_names_suspected_encoding_or_undecodable_line():
-    assert "it may be EUC-JP" in str(read("text,label\nやや良い①㈱,0\n".encode("euc_jis_2004")))
+    content = "text,label\nやや良い①㈱,0\n".encode("euc_jis_2004")
+    assert "it may be EUC-JP" in str(read(content, "{odd}.csv"))
     assert "it may be UTF-16" in str(read("text,label\n雨,0\n".encode("utf-16-le")))
     assert "it is neither UTF-8 nor CP932: line 3" in str(
         read("text,label\n雨が降る,0\n雪".encode("cp932") + b"\x81\n")
