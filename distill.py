@@ -2114,8 +2114,8 @@ def json_lines(path, file):
             ) from None
         if end < len(line):
             raise Problem(
-                f"{path}, line {number}: more than one JSON object. Write each on a line of its "
-                "own."
+                f"{path}, line {number}: after the object there is more, {line[end:]!r:.40}. Write "
+                "one object per line and nothing else."
             )
         yield number, value
 

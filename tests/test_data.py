@@ -389,8 +389,8 @@ def test_read_file_equals_json_module_or_refuses(table, bom, ascii, form, junk):
             "data.jsonl, line 2: not a whole JSON object",
         ),
         (
-            '{"text": "a", "label": 0}{"text": "b", "label": 1}',
-            "data.jsonl, line 1: more than one JSON object",
+            '{"text": "a", "label": 0},\n{"text": "b", "label": 1}',
+            "data.jsonl, line 1: after the object there is more, ','. Write one object per line",
         ),
         (
             '{"text": "a", "label": 0}\n[1]\n',
