@@ -26,6 +26,7 @@ Map     Settings · The run · Teacher · Student · Loss and trainer · Trainin
 
 import argparse
 import ast
+import codecs
 import contextlib
 import copy
 import csv
@@ -35,6 +36,7 @@ import glob
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -43,7 +45,9 @@ import os
 import platform
 import re
 import shutil
+import site
 import sys
+import sysconfig
 import tempfile
 import time
 import unicodedata
@@ -51,6 +55,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import CodeType, ModuleType
 
 if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse message)
     sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
@@ -66,9 +71,11 @@ try:
     import transformers
     from accelerate import DistributedDataParallelKwargs, PartialState
     from accelerate.utils import broadcast_object_list, gather_object
+    from datasets.utils._dill import Pickler
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     from safetensors import safe_open
+    from torch.nn.utils.rnn import pad_sequence
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -176,6 +183,7 @@ def run():
     with timed_stage("evaluation", stage_seconds):
         predictions = {split: predict(trainer, rows) for split, rows in data.items()}
         test, names = predictions["test"], list(label2id)
+        warn_if_one_label("student", "test", test["logits"].argmax(-1), test["labels"], names)
         results = {
             "splits": evaluate(predictions),
             "labels": evaluate_labels(test, names),
@@ -210,12 +218,13 @@ def add_soft_labels(data, teacher, collate_fn):
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
-    teacher_digest = digest(teacher)
+    code = code_of("timed_logits", "BertForSequenceClassification", "collate")
+    teacher_digest = digest(teacher, code)
     # otherwise answers of another teacher, or to other texts, would be cached under these keys
-    check_same("teachers, or versions of transformers", teacher_digest)
+    check_same("teachers, distill.py, or versions of transformers", teacher_digest)
     for split, rows in data.items():
         check_same(f"texts or tokenizers (seen in {split})", iter_batches(rows, "key"))
-    cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights
+    cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights and code
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
     # run the teacher on the texts that are not in the cache
@@ -352,8 +361,8 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
     (which is re-raised if no epoch has finished, if use_best_if_stopped is False, or if there are
     several processes). trainer.model then has the weights of the epoch with the lowest one.
 
-    Each epoch ends with a checkpoint. A run with the same run id, a hash of settings, data and
-    weights, resumes from it, with a bit-identical result.
+    Each epoch ends with a checkpoint. A run with the same settings, code, data and weights (its run
+    id) resumes from it, with a bit-identical result.
     """
     n_epochs = int(trainer.args.num_train_epochs)
     run_id = training_run_id(trainer)
@@ -446,9 +455,10 @@ def validate(trainer):
     for batch in trainer.get_eval_dataloader():
         loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
         loss_sum += loss.item() * len(outputs.logits)
-        if "labels" in batch:
-            n_correct += (outputs.logits.argmax(-1) == batch["labels"]).sum().item()
-        else:  # only when `distill` is called from Python, with a loss that needs no labels
+        labels = batch.get("labels")
+        if labels is not None and labels.dim() == 1:
+            n_correct += (outputs.logits.argmax(-1) == labels).sum().item()
+        else:  # only when `distill` is called from Python: no labels, or one for each token
             n_correct = math.nan
     return loss_sum, n_correct
 
@@ -526,9 +536,9 @@ def save_results(trainer, tokenizer, history, results, run_info):
     report = make_report(trainer.model, history, best_epoch, results, run_info)
 
     def write_files(folder):  # next to the model and the tokenizer
-        report["student"]["bytes"] = weight_bytes(folder)
+        report["student"]["bytes"] = os.path.getsize(folder / "model.safetensors")
         report["files"] = sorted({*os.listdir(folder), *REPORT_FILES})
-        write_model_card(report, run_info["teacher"]["name"], folder)
+        write_model_card(report, run_info["teacher"]["name"], splits_words(tokenizer), folder)
         write_history(history, folder)
         write_predictions(results["predictions"], folder)
         plot_losses(history, best_epoch, folder)
@@ -555,8 +565,7 @@ REPORT_FILES = (
 )
 
 MODEL_CARD = """---
-language: ja
-pipeline_tag: text-classification
+{language}pipeline_tag: text-classification
 library_name: transformers
 ---
 # A small text classifier ({STUDENT}), distilled
@@ -569,7 +578,12 @@ on texts of your own before you rely on it.
 python distill.py --output path/to/this/folder --predict "この店の料理は美味しい。"
 ```
 
-A "bert" also loads like any model: `pipeline("text-classification", model="path/to/this/folder")`.
+A "bert" also loads like any model:
+
+```python
+from transformers import pipeline
+classify = pipeline("text-classification", model="path/to/this/folder", truncation=True)
+```
 
 ```
 {table}
@@ -881,9 +895,12 @@ def write_predictions(rows, folder):
         csv.writer(file).writerows(rows)
 
 
-def write_model_card(report, teacher_name, folder):
+def write_model_card(report, teacher_name, is_japanese, folder):
     card = MODEL_CARD.format(
-        **report["settings"], teacher=without_folders(teacher_name), table=format_report(report)
+        **report["settings"],
+        language="language: ja\n" if is_japanese else "",
+        teacher=without_folders(teacher_name),
+        table=format_report(report),
     )
     (folder / "README.md").write_text(card, "utf-8")
 
@@ -894,33 +911,16 @@ def write_report(report, folder):
     os.replace(new, folder / "report.json")
 
 
-def weight_bytes(name):
-    """Return the size of a model's weights, in a folder or in the local copy of a hub repository.
-
-    None if its files have other names than those of transformers.
-    """
-    if not os.path.isdir(name):
-        name = huggingface_hub.snapshot_download(name, local_files_only=True)
-    patterns = r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"
-    for pattern in patterns:
-        files = [file for file in Path(name).iterdir() if re.fullmatch(pattern, file.name)]
-        if files:
-            return sum(file.stat().st_size for file in files)
-    return None
-
-
 # ── Models and tokenizers: load and check ─────────────────────────────────────────────────────────
 
-# model family → the METHODs that work with it
-ANY_FAMILY = "none", "kd", "mse"
-FAMILIES = {
-    "bert": (*ANY_FAMILY, "rail", "mate", "cilda", "cilda+minild"),
-    "roberta": (*ANY_FAMILY, "rail", "mate", "cilda", "cilda+minild"),
-    "bart": (*ANY_FAMILY, "rail", "mate", "cilda"),
-    "electra": ANY_FAMILY,
-    "deberta-v2": ANY_FAMILY,
-    "modernbert": ANY_FAMILY,
-    "distilbert": ANY_FAMILY,
+# the families of models that can be teachers
+FAMILIES = "bert", "roberta", "bart", "electra", "deberta-v2", "modernbert", "distilbert"
+# METHOD → the families it works with; a METHOD that is not named here works with all
+METHOD_FAMILIES = {
+    "rail": ("bert", "roberta", "bart"),
+    "mate": ("bert", "roberta", "bart"),
+    "cilda": ("bert", "roberta", "bart"),
+    "cilda+minild": ("bert", "roberta"),
 }
 
 
@@ -1048,11 +1048,11 @@ def check_architecture(config, name, setting):
     """Raise Problem if a model is not what `setting` needs: its family, its head, its outputs."""
     architecture = str((config.architectures or ["?ForSequenceClassification"])[0])
     n_outputs = config.num_labels
-    if setting.startswith("TEACHER") and METHOD not in FAMILIES.get(config.model_type, ()):
-        families = ", ".join(family for family in FAMILIES if METHOD in FAMILIES[family])
+    families = METHOD_FAMILIES.get(METHOD, FAMILIES)
+    if setting.startswith("TEACHER") and config.model_type not in families:
         raise Problem(
             f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} "
-            f"accepts {families}."
+            f"accepts {', '.join(families)}."
         )
     if setting == "TEACHER" and not architecture.endswith("ForSequenceClassification"):
         raise Problem(
@@ -1107,6 +1107,8 @@ def checked_label_names(config, where):
 
 
 def set_labels(config, label2id):
+    """Make a model of this config choose one of these labels, whatever it was before."""
+    config.problem_type = "single_label_classification"
     config.label2id = label2id
     config.id2label = {number: label for label, number in label2id.items()}
 
@@ -1122,6 +1124,17 @@ def max_tokens(config):
     return getattr(config, "max_position_embeddings", 10**9) - offset
 
 
+# (vocabulary size, hidden size) of a Japanese BERT → the models that may be its base
+KNOWN_BASES = {
+    (32768, 768): "tohoku-nlp/bert-base-japanese-v3 or -v2 (both need: pip install unidic-lite)",
+    (32768, 1024): "tohoku-nlp/bert-large-japanese-v2 or bert-large-japanese (unidic-lite)",
+    (32000, 768): "tohoku-nlp/bert-base-japanese-whole-word-masking (needs: pip install ipadic)",
+    (7027, 768): "tohoku-nlp/bert-base-japanese-char-v3 (needs: pip install unidic-lite)",
+    (6144, 768): "tohoku-nlp/bert-base-japanese-char-v2 (needs: pip install unidic-lite)",
+    (4000, 768): "tohoku-nlp/bert-base-japanese-char (needs: pip install ipadic)",
+}
+
+
 def load_tokenizer(name, config, role="teacher", max_length=None):
     """Return the tokenizer in `name`; Problem if it does not fit the model.
 
@@ -1131,15 +1144,26 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
     max_length = max_length or MAX_LENGTH
     advice = "Save the one that the model was made with into its folder"
     if role == "teacher":
-        advice = (
-            "Set TOKENIZER to the one the teacher was made with, e.g. "
-            '"tohoku-nlp/bert-base-japanese-v3"'
+        advice = "Set TOKENIZER to the one that the teacher was fine-tuned with"
+        base = KNOWN_BASES.get((config.vocab_size, getattr(config, "hidden_size", None)))
+        if base and config.model_type == "bert":
+            advice += (
+                f". With a vocabulary of {config.vocab_size} it may be that of {base}; the "
+                "teacher's accuracy on train shows whether it is right"
+            )
+    if os.path.exists(name) and not has_tokenizer(name):
+        # transformers would make an empty one, silently
+        base = base_with_tokenizer(name)
+        if base is None:
+            raise Problem(
+                f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}."
+            )
+        log(
+            "data",
+            f"{name} holds no tokenizer; that of {base} is used, from which the model was made "
+            "according to its config.json (_name_or_path)",
         )
-    has_files = any(
-        next(Path(name).glob(pattern), None) for pattern in ("vocab.*", "tokenizer.json", "*.model")
-    )
-    if os.path.exists(name) and not has_files:  # transformers would make an empty one, silently
-        raise Problem(f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}.")
+        name = base
     with as_problem(
         f"the tokenizer in {name!r} cannot be loaded",
         lambda reason: missing_package_advice(reason) or advice,
@@ -1158,6 +1182,31 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
     if role == "teacher":
         warn_if_tokenizer_guessed(tokenizer, name, saved_config, config)
     return tokenizer
+
+
+def has_tokenizer(folder):
+    patterns = "vocab.*", "tokenizer.json", "*.model"
+    return any(next(Path(folder).glob(pattern), None) for pattern in patterns)
+
+
+def base_with_tokenizer(folder):
+    """Return what the model in `folder`, which has no tokenizer, was made from; None if unknown.
+
+    transformers 4 wrote this into config.json: a hub name, or the path of a folder. If that folder
+    has no tokenizer, its own config.json is asked.
+    """
+    seen = set()
+    while folder not in seen:
+        seen.add(folder)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            # from the file itself: from_pretrained replaces the name by that of the folder
+            saved = json.loads(Path(folder, "config.json").read_text("utf-8"))
+            folder = normalize_path(saved["_name_or_path"])
+        if not os.path.exists(folder):
+            return None if looks_like_path(folder) or "/" not in folder else folder
+        if has_tokenizer(folder):
+            return folder
+    return None
 
 
 # what a library calls a package that a tokenizer needs → what to install
@@ -1189,7 +1238,8 @@ def missing_package_advice(reason):
 
 
 def fit_to_model(tokenizer, config):
-    """Make the tokenizer return token types for pairs exactly if the model takes them."""
+    """Make the tokenizer pad at the end, and return token types exactly if the model takes them."""
+    tokenizer.padding_side = "right"
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if takes_token_types(config):
         tokenizer.model_input_names.append("token_type_ids")
@@ -1220,6 +1270,12 @@ def check_vocabulary(tokenizer, name, config, role, advice):
         raise Problem(
             f"{where} has ids up to {highest}, the {role} only 0 to {config.vocab_size - 1}. "
             f"{advice}."
+        )
+    if highest + 1 < config.vocab_size:
+        log(
+            "note",
+            f"{where} has {highest + 1:,} tokens, the {role} {config.vocab_size:,}. If these are "
+            "not just spare rows, it is that of another model, or of another version",
         )
 
 
@@ -1288,12 +1344,7 @@ def load_teacher(name, config, label2id):
         return model, {"name": name, "parameters": None, "bytes": None}
     teacher = load_model(name)
     n_parameters = teacher.num_parameters()
-    with as_problem(
-        f"TEACHER = {name!r}: its files cannot be listed",
-        "Download it into a folder and name that",
-    ):
-        n_bytes = weight_bytes(name) or 4 * n_parameters
-    return teacher, {"name": name, "parameters": n_parameters, "bytes": n_bytes}
+    return teacher, {"name": name, "parameters": n_parameters, "bytes": 4 * n_parameters}
 
 
 def load_model(name, setting="TEACHER", config=None):
@@ -1303,6 +1354,7 @@ def load_model(name, setting="TEACHER", config=None):
     other labels; the head then starts random.
     """
     is_teacher = setting == "TEACHER"
+    warn_if_several_weights(name)
     with as_problem(f"{setting} = {name!r}: its weights cannot be loaded", weights_advice):
         config = config or load_config(name, setting)
         model, info = classifier_class(config).from_pretrained(
@@ -1316,6 +1368,12 @@ def load_model(name, setting="TEACHER", config=None):
         end_id = getattr(config, "eos_token_id", None) or 0  # BART needs one in its input
         model.eval()(input_ids=torch.full((1, 2), end_id))
 
+    broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise Problem(
+            f"{setting} = {name!r}: its weights are NaN or infinite in {short_list(broken)}. Its "
+            "training has diverged, or the file is damaged: name another model."
+        )
     missing = {*info["missing_keys"]}
     for key, *_ in info["mismatched_keys"]:
         missing.add(key)
@@ -1331,6 +1389,24 @@ def load_model(name, setting="TEACHER", config=None):
             f"{', '.join(missing_body[:4])}."
         )
     return model.requires_grad_(not is_teacher)
+
+
+def warn_if_several_weights(name):
+    """Note which weights are read if a folder holds several files of them."""
+    # in the order in which transformers looks for them
+    possible = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
+    found = [file for file in possible if os.path.isfile(os.path.join(name, file))]
+    if len(found) > 1:
+        log(
+            "note",
+            f"{name} holds several sets of weights, {' and '.join(found)}: {found[0]} is read. If "
+            "another is the right one, move this one away",
+        )
 
 
 def weights_advice(reason):
@@ -1419,14 +1495,16 @@ def check_teacher(rows, names, was_made):
             "one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
             + undertrained,
         )
-    elif len(set(predicted)) == 1 and (counts > 0).sum() > 1:
-        log(
-            "note",
-            f"the teacher answers all texts of train with {names[predicted[0]]}: there is nothing "
-            "to learn from it",
-        )
+    warn_if_one_label("teacher", "train", predicted, labels, names)
     if len(names) <= 1000:  # more would need a large matrix for a rare fault
         warn_if_labels_exchanged(labels, predicted, names)
+
+
+def warn_if_one_label(role, split, predicted, labels, names):
+    """Note if a model answers all texts of a split with one label, though they have several."""
+    if len(set(predicted.tolist())) == 1 < len(set(labels.tolist())):
+        name = names[predicted[0]]
+        log("note", f"the {role} answers all texts of {split} with {name}")
 
 
 def warn_if_labels_exchanged(labels, predicted, names):
@@ -1453,8 +1531,20 @@ SPLITS = {
 }
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 LABELED_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # a .txt can hold texts only
+SPLIT_NAMES = {  # further names of splits in a column
+    "training": "train",
+    "学習": "train",
+    "訓練": "train",
+    "development": "val",
+    "検証": "val",
+    "開発": "val",
+    "testing": "test",
+    "テスト": "test",
+    "評価": "test",
+} | SPLIT_OF
 NO_LABEL = -100  # hard label of a text that only the teacher has labelled
 ROWS_PER_PART = 10_000  # rows that are in memory at once
+HEAD_ROWS = 100  # first rows in which a column of split names is looked for
 
 
 def load_data(label2id=None):
@@ -1471,6 +1561,7 @@ def load_data(label2id=None):
     outputs_by_label = match_labels(splits, names)
     for split, rows in splits.items():
         splits[split] = validate_rows(rows, split, outputs_by_label[split], names)
+        warn_if_labels_contradict(splits[split], split, names)
 
     if "the set" in splits:
         splits = split_single_set(splits["the set"], names)
@@ -1508,25 +1599,65 @@ def needed_columns(split, rows):
 
 
 def split_single_set(rows, names):
-    """Split one data set 80/10/10 into train, val and test; names: the label names, by number."""
-    n_classes = len(names)
+    """Split one data set 80/10/10 into train, val and test; names: the label names, by number.
 
-    def advice(reason):
-        counts = Counter(column_array(rows, "labels").tolist())
-        rare = [f"{names[label]} {n_rows}" for label, n_rows in counts.most_common()[:-6:-1]]
-        return (
-            f"Of {len(rows):,} rows the rarest labels have: {', '.join(rare)}. Give ten rows or "
-            "more of each label, or files of your own for train, val and test"
-        )
-
-    with as_problem(f"DATA = {DATA!r}: cannot be cut into train, val and test", advice):
-        train_rows, other_rows = split_rows(rows, 0.2, n_classes)
-        val_rows, test_rows = split_rows(other_rows, 0.5, n_classes)
-    log(
-        "data",
-        f"{DATA} is one set: cut 80/10/10 by SEED = {SEED}, each label in the same proportion",
+    Each label is split in the same proportion, by the order of hashes of its texts: not by SEED, so
+    that a teacher made of the same set has not seen test. A text that occurs several times is in
+    one split only. If texts are added, a few others move from one split to another.
+    """
+    keys, first_rows, text_of_row = np.unique(
+        text_hashes(rows), return_index=True, return_inverse=True
     )
-    return {"train": train_rows, "val": val_rows, "test": test_rows}
+    labels = column_array(rows, "labels")[first_rows]
+    rare = []
+    split_of_text = np.full(len(keys), "train", dtype="<U5")
+    for label, name in enumerate(names):
+        of_label = np.flatnonzero(labels == label)  # in the order of their hashes
+        n_tenth = round(len(of_label) / 10)
+        split_of_text[of_label[:n_tenth]] = "val"
+        split_of_text[of_label[n_tenth : 2 * n_tenth]] = "test"
+        if 0 < len(of_label) < 10:
+            rare.append(f"{name} {len(of_label)}")
+    if rare:
+        raise Problem(
+            f"DATA = {DATA!r}: cannot be cut into train, val and test: of {len(keys):,} different "
+            f"texts, these labels have fewer than ten: {short_list(rare)}. Give ten or more of "
+            "each label, or files of your own for train, val and test."
+        )
+    log("data", f"{DATA} is one set: its texts are cut 80/10/10, each label in proportion")
+    split_of_row = split_of_text[text_of_row]
+    return {split: rows.select(np.flatnonzero(split_of_row == split)) for split in SPLITS}
+
+
+def text_hashes(rows):
+    """Return an integer for each text (or pair of texts), the same for texts that look the same."""
+    hashes = []
+    for part in iter_batches(rows, *text_columns()):
+        for texts in zip(*part.values(), strict=True):
+            hashes.append(text_key([unicodedata.normalize("NFKC", text).strip() for text in texts]))
+    return np.array(hashes, np.int64)
+
+
+def warn_if_labels_contradict(rows, split, names):
+    """Note texts that occur more than once, with different labels."""
+    hashes = text_hashes(rows)
+    labels = column_array(rows, "labels")
+    order = np.argsort(hashes, kind="stable")  # rows with the same text come one after the other
+    has_same_text = hashes[order][1:] == hashes[order][:-1]
+    is_contradiction = has_same_text & (labels[order][1:] != labels[order][:-1])
+    if not is_contradiction.any():
+        return
+    n_texts = len(np.unique(hashes[order][1:][is_contradiction]))
+    n_pairs = is_contradiction.sum()
+    pairs = []
+    for position in np.flatnonzero(is_contradiction)[:3]:
+        row, other = order[position], order[position + 1]
+        pairs.append(f"{row + 1} {names[labels[row]]} and {other + 1} {names[labels[other]]}")
+    log(
+        "note",
+        f"texts that occur in {split} more than once, with different labels: {n_texts:,}; rows "
+        f"{'; '.join(pairs)}{'; …' if n_pairs > 3 else ''}",
+    )
 
 
 def split_rows(rows, second_share, n_classes):
@@ -1576,7 +1707,8 @@ def read_splits(known_labels):
                 f"DATA = {DATA!r}: a .txt file has no labels. Accepted are "
                 f"{', '.join(LABELED_KINDS)}; texts without labels are named in UNLABELED."
             )
-        return {"the set": read_file(path, columns, known_labels)}
+        rows = read_file(path, columns, known_labels, with_split_column=True)
+        return split_by_column(rows, columns) or {"the set": rows}
 
     # a folder of files, or a data set of the datasets library
     files = labeled_files(path) if path.is_dir() else {}
@@ -1588,24 +1720,26 @@ def read_splits(known_labels):
         refuse_duplicate_splits(files)
         if DATA != "tests/sample":
             report_unread_files(DATA, path, [file for group in files.values() for file in group])
-        found = list(files) or sorted(os.listdir(path))
         splits = {}
         for split, group in files.items():
             splits[split] = read_files(group, columns, known_labels)
-    else:
-        loaded = load_dataset_from_library(path, files)
-        if not isinstance(loaded, dict):
-            return {"the set": loaded}
-        if len(loaded) == 1:
-            return {"the set": next(iter(loaded.values()))}
-        groups = defaultdict(list)
-        for name in loaded:
-            if name in SPLIT_OF:
-                groups[SPLIT_OF[name]].append(name)
-        refuse_duplicate_splits(groups)
-        found = list(loaded)
-        splits = {split: loaded[group[0]] for split, group in groups.items()}
+        return all_splits(splits, list(files) or sorted(os.listdir(path)))
 
+    loaded = load_dataset_from_library(path, files)
+    if isinstance(loaded, dict) and len(loaded) == 1:
+        loaded = next(iter(loaded.values()))
+    if not isinstance(loaded, dict):
+        return split_by_column(loaded, columns) or {"the set": loaded}
+    groups = defaultdict(list)
+    for name in loaded:
+        if name in SPLIT_OF:
+            groups[SPLIT_OF[name]].append(name)
+    refuse_duplicate_splits(groups)
+    return all_splits({split: loaded[group[0]] for split, group in groups.items()}, [*loaded])
+
+
+def all_splits(splits, found):
+    """Return train, val and test, in this order; Problem if one is missing among those found."""
     missing = [" or ".join(names) for split, names in SPLITS.items() if split not in splits]
     if missing:
         raise Problem(
@@ -1614,6 +1748,80 @@ def read_splits(known_labels):
             "to one single file, which is cut into the three."
         )
     return {split: splits[split] for split in SPLITS}
+
+
+def split_by_column(rows, columns):
+    """Return {split: rows} if a column of one data set names the split of each row; else None.
+
+    columns: those that are something else. Raise Problem if a split is missing.
+    """
+    # only columns of texts and of classes are looked at: pictures may be paths to other files
+    readable = []
+    for name, kind in rows.features.items():
+        if getattr(kind, "dtype", None) in TEXT_TYPES or isinstance(kind, datasets.ClassLabel):
+            readable.append(name)
+    if not readable:
+        return None
+    head = rows.select(range(min(len(rows), HEAD_ROWS))).select_columns(readable).to_list()
+    for name in split_candidates(with_class_names(head, rows.features), columns):
+        row_numbers = defaultdict(list)
+        n_rows = 0
+        for part in iter_batches(rows, name):
+            for row in with_class_names([{name: value} for value in part[name]], rows.features):
+                value = row[name]
+                split = SPLIT_NAMES[canonical_split(value)] if is_split_name(value) else None
+                row_numbers[split].append(n_rows)
+                n_rows += 1
+        if None in row_numbers:
+            others = row_numbers[None]
+            log(
+                "note",
+                f"column {show_name(name)} is not used: {len(others):,} of its values name no "
+                f"split, the first in row {others[0] + 1}",
+            )
+        elif len(row_numbers) > 1:  # a column that says train everywhere splits nothing
+            missing = [split for split in SPLITS if split not in row_numbers]
+            if missing:
+                raise Problem(
+                    f"DATA = {DATA!r}: column {show_name(name)} names {', '.join(row_numbers)}, "
+                    f"but no {', no '.join(missing)}. Add them, or remove this column to have the "
+                    "set cut into the three."
+                )
+            log("data", f"{DATA}: the split of each row is that in column {show_name(name)}")
+            return {split: rows.select(row_numbers[split]) for split in SPLITS}
+    return None
+
+
+def split_candidates(head, columns):
+    """Return the columns of some rows, dicts, that name a split in one of them at least."""
+    others = {canonical_name(column) for column in columns}
+    candidates = []
+    for row in head:
+        for name, value in row.items():
+            is_new = name not in candidates and canonical_name(str(name)) not in others
+            if is_new and is_split_name(value):
+                candidates.append(name)
+    return candidates
+
+
+def with_class_names(rows, features):
+    """Return rows, dicts, with the names of ClassLabels in place of their numbers."""
+    named_rows = []
+    for row in rows:
+        named = dict(row)
+        for name, value in row.items():
+            if isinstance(features[name], datasets.ClassLabel) and value is not None:
+                named[name] = features[name].int2str(value)
+        named_rows.append(named)
+    return named_rows
+
+
+def is_split_name(value):
+    return isinstance(value, str) and canonical_split(value) in SPLIT_NAMES
+
+
+def canonical_split(value):
+    return canonical_name(value).casefold()
 
 
 def read_files(files, columns, known_labels):
@@ -1737,10 +1945,11 @@ def column_array(rows, name):
     return np.concatenate(parts) if parts else np.array([], int)
 
 
-def read_file(path, columns, known_labels=frozenset()):
+def read_file(path, columns, known_labels=frozenset(), with_split_column=False):
     """Return a data file as a Dataset: these columns, strings exactly as the file has them.
 
-    A .parquet comes with all its columns, in their own types; `take_columns` chooses.
+    Columns of a .parquet keep their own names and types; `take_columns` renames them. If
+    with_split_column, columns that may name splits are read, too (see `split_by_column`).
 
     The file is UTF-8 with or without BOM, UTF-16 with BOM, or CP932 (Japanese Excel). Problem,
     with the line, where it is not certain what the rows and fields are.
@@ -1751,23 +1960,71 @@ def read_file(path, columns, known_labels=frozenset()):
         if kind == ".parquet" and path.suffix.lower() == ".gz":
             raise Problem(f"{path}: a .parquet is not read as .gz. Unpack it.")
         if kind == ".parquet":
-            if pyarrow.parquet.read_metadata(path).num_rows == 0:
-                raise ValueError("it has no rows")
-            return datasets.load_dataset(
-                "parquet",
-                data_files=glob.escape(str(path)),
-                split="train",
-                cache_dir=str(scratch_folder()),
-            )
+            return read_parquet(path, columns, with_split_column)
         if kind not in ROW_READERS:
             raise ValueError(f"its kind, {kind!r}, is not known")
-        read_rows = ROW_READERS[kind]
+
+        def read(encoding):
+            names = columns
+            if with_split_column:
+                names = [*columns, *split_candidates(read_head(path, encoding), columns)]
+            return write_rows(ROW_READERS[kind](path, encoding, names, known_labels), names)
+
         try:
-            return write_rows(read_rows(path, "utf-8-sig", columns, known_labels), columns)
+            return read("utf-8-sig")
         except UnicodeDecodeError:
             encoding = other_encoding(path)
             log("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
-            return write_rows(read_rows(path, encoding, columns, known_labels), columns)
+            return read(encoding)
+
+
+def read_head(path, encoding):
+    """Return the first rows of a .csv, .tsv, .json or .jsonl, dicts, as far as they can be read."""
+    kind = file_kind(path)
+    rows = []
+    with open_text(path, encoding, newline="") as file, contextlib.suppress(csv.Error, Problem):
+        if kind in (".csv", ".tsv"):
+            reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+            unique = {
+                name for name in reader.fieldnames or () if reader.fieldnames.count(name) == 1
+            }
+            for row in itertools.islice(reader, HEAD_ROWS):
+                rows.append({name: value for name, value in row.items() if name in unique})
+            return rows
+        first_line = next((line.strip() for line in file if line.strip()), "")
+        file.seek(0)
+        values = json_lines(path, file)
+        if first_line.startswith("["):
+            values = enumerate(json_list(path, file), 1)
+        for _, row in itertools.islice(values, HEAD_ROWS):
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def read_parquet(path, columns, with_split_column):
+    """Return these columns of a .parquet, under their names in the file; no others are read."""
+    file = pyarrow.parquet.ParquetFile(path)
+    if file.metadata.num_rows == 0:
+        raise ValueError("it has no rows")
+    schema = file.schema_arrow
+    names = [*find_columns(path, columns, schema.names).values()]
+    if with_split_column:
+        readable = []
+        for field in schema:
+            if str(field.type) in TEXT_TYPES or pyarrow.types.is_dictionary(field.type):
+                readable.append(field.name)
+        head = next(file.iter_batches(HEAD_ROWS, columns=readable)).to_pylist()
+        names += split_candidates(head, names)
+    needed = pyarrow.schema([schema.field(name) for name in names], metadata=schema.metadata)
+    return datasets.load_dataset(
+        "parquet",
+        data_files=glob.escape(str(path)),
+        columns=names,
+        features=datasets.Features.from_arrow_schema(needed),
+        split="train",
+        cache_dir=str(scratch_folder()),
+    )
 
 
 def read_advice(reason):
@@ -1905,8 +2162,9 @@ def csv_rows(path, encoding, columns, known_labels):
             header = next(reader, None)
             if header is None:
                 raise ValueError("it has no rows")
+            has_labels = LABEL_COLUMN in columns
             positions = column_positions(path, header, columns)
-            has_labels = columns[-1] == LABEL_COLUMN
+            label_position = positions[columns.index(LABEL_COLUMN)] if has_labels else None
             last_line = reader.line_num
             for fields in reader:
                 first_line, last_line = last_line + 1, reader.line_num
@@ -1921,10 +2179,9 @@ def csv_rows(path, encoding, columns, known_labels):
                     )
                 if last_line > first_line:
                     spanning.append((first_line, separator.join(fields)))
-                row = [fields[position] for position in positions]
                 if has_labels:
-                    seen_labels.add(row[-1])
-                yield row
+                    seen_labels.add(fields[label_position])
+                yield [fields[position] for position in positions]
         except csv.Error:
             raise Problem(
                 f"{path}, line {last_line + 1}: a quote opens here that does not close at the end "
@@ -1935,12 +2192,12 @@ def csv_rows(path, encoding, columns, known_labels):
     # more lines do, with labels in the right place, they are rows that a quote has swallowed.
     def is_row(line):
         fields = line.split(separator)
-        if len(fields) != len(header) or len(header) == 1:
+        if len(fields) != len(header):
             return False
-        if separator == "\t":
+        if separator == "\t" or not has_labels:
             return True
-        label = fields[positions[-1]].strip()
-        return has_labels and (label in labels or len(labels) < 2)
+        label = fields[label_position].strip()
+        return label in labels or len(labels) < 2
 
     labels = seen_labels | known_labels
     for first_line, content in spanning:
@@ -2077,7 +2334,8 @@ def json_text(where, value, name):
             f"{where}: {name} is an object; accepted is a list of probabilities such as [0.1, "
             "0.9], in the order of the labels."
         )
-    if isinstance(value, dict | list):
+    is_needed = name in (*text_columns(), LABEL_COLUMN)
+    if isinstance(value, dict | list) and is_needed:
         raise Problem(
             f"{where}: many values in {name}, where one is accepted. Write an object for each row; "
             "with pandas: to_json(path, orient='records', lines=True)."
@@ -2268,7 +2526,13 @@ def new_label_names(splits):
         for label in rows.unique(LABEL_COLUMN):
             found.add(canonical_label(label_text(label)))
     found.discard("")
-    names = class_names or sorted(found)
+    names = class_names or sorted_labels(found)
+    scores = [label for label in names if is_fraction(label)]
+    if scores and not class_names:
+        raise Problem(
+            f"LABEL_COLUMN = {LABEL_COLUMN!r}: holds fractional numbers ({short_list(scores)}), "
+            "which are scores, not classes. Write a class for each text."
+        )
     if not 2 <= len(names) <= 1000:
         raise Problem(
             f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(names)} different labels; 2 to 1000 are "
@@ -2285,13 +2549,16 @@ def new_label_names(splits):
                 "one label. Write them alike."
             )
 
-    if class_names:
-        return names
-    if found == {str(number) for number in range(len(found))}:
+    if not class_names and found == {str(number) for number in range(len(found))}:
         return [f"LABEL_{number}" for number in range(len(found))]
-    if all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in found):
-        return sorted(found, key=float)
     return names
+
+
+def is_fraction(label):
+    """Whether a label is a number, but not a whole one."""
+    with contextlib.suppress(ValueError):
+        return label[-1].isdigit() and not float(label).is_integer()
+    return False
 
 
 def match_labels(splits, names):
@@ -2334,10 +2601,33 @@ def match_labels(splits, names):
     else:
         meaning = either_reading(as_name, as_number, names)
 
+    has_default_names = names == [f"LABEL_{number}" for number in range(len(names))]
+    if has_default_names and set(as_name.values()) == {None} and None in meaning.values():
+        refuse_unnamed_labels([class_names.get(key, key[1]) for key in as_name], names)
+
     outputs_by_label = {split: {} for split in splits}
     for (split, written), output in meaning.items():
         outputs_by_label[split][written] = output
     return outputs_by_label
+
+
+def refuse_unnamed_labels(labels, names):
+    """Raise Problem if the data could name the teacher's labels, which have no names yet."""
+    found = sorted_labels({canonical_label(label) for label in labels})
+    if len(found) == len(names):
+        id2label = json.dumps(dict(enumerate(found)), ensure_ascii=False)
+        raise Problem(
+            f"LABEL_COLUMN = {LABEL_COLUMN!r}: the labels of the data are {short_list(found)}; the "
+            f"teacher's have no names of their own, only {short_list(names)}. Write the names into "
+            f'its config.json, in the order in which it was trained: "id2label": {id2label} is '
+            "the sorted order. With a wrong order its accuracy on train is low."
+        )
+
+
+def sorted_labels(labels):
+    """Return labels as a list: numbers by value, others by the alphabet."""
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
+    return sorted(labels, key=float if are_numbers else None)
 
 
 def either_reading(as_name, as_number, names):
@@ -2457,7 +2747,7 @@ def log_tokens(data, tokenizer):
     )
     unknown_shares = []
     for split, rows in data.items():
-        share = column_array(rows, "unknown").sum() / column_array(rows, "length").sum()
+        share = column_array(rows, "unknown").sum() / max(1, column_array(rows, "length").sum())
         if share > MAX_UNKNOWN_SHARE:
             unknown_shares.append(f"{share:.1%} of {split}")
     if unknown_shares:
@@ -2494,20 +2784,18 @@ def encode(texts, tokenizer, max_length):
     """
     with_types = len(texts) > 1 and "token_type_ids" in tokenizer.model_input_names
     options = {"return_attention_mask": False, "return_token_type_ids": with_types}
-    if splits_words(tokenizer):
-        id_lists = [list(map(make_encoder(tokenizer), column)) for column in texts]
-        rows = list(zip(*id_lists, strict=True))
-        columns = join_ids(rows, tokenizer, with_types)
-        encode_row = tokenizer.prepare_for_model
+    if tokenizer.is_fast:
+        rows = [[join_words(text, tokenizer) for text in column] for column in texts]
+        columns = dict(tokenizer(*rows, verbose=False, **options))
+        encode_row = truncating_copy(tokenizer, max_length)
     else:
-        strings = [[join_words(text, tokenizer) for text in column] for column in texts]
-        rows = list(zip(*strings, strict=True))
-        columns = dict(tokenizer(*strings, verbose=False, **options))
-        encode_row = tokenizer
+        rows = [list(map(make_encoder(tokenizer), column)) for column in texts]
+        columns = join_ids(list(zip(*rows, strict=True)), tokenizer, with_types)
+        encode_row = tokenizer.prepare_for_model
 
     # the stock tokenizer truncates the few that are too long
     is_too_long = [len(ids) > max_length for ids in columns["input_ids"]]
-    for row_number, row in enumerate(rows):
+    for row_number, row in enumerate(zip(*rows, strict=True)):
         if is_too_long[row_number]:
             encoded = encode_row(*row, truncation=True, max_length=max_length, **options)
             for name in columns:
@@ -2520,6 +2808,18 @@ def encode(texts, tokenizer, max_length):
         is_clipped = any(len(text) > MAX_CHARACTERS for text in row_texts)
         columns["truncated"].append(is_too_long[row_number] or is_clipped)
     return columns
+
+
+@functools.lru_cache(2)
+def truncating_copy(tokenizer, max_length):
+    """Return a copy of a fast tokenizer for texts that are too long.
+
+    A fast tokenizer keeps the options of its last call, and a call that changes them would disturb
+    those of other threads. The original never truncates, its copy always does.
+    """
+    truncating = copy.deepcopy(tokenizer)
+    truncating("", truncation=True, max_length=max_length)
+    return truncating
 
 
 def join_ids(rows, tokenizer, with_types):
@@ -2553,11 +2853,11 @@ def join_words(text, tokenizer):
 
 @functools.lru_cache(2)
 def make_encoder(tokenizer):
-    """Return a function from a text to its token ids, without special tokens.
+    """Return a function from a text to its token ids, for a tokenizer in Python.
 
-    The ids are those of the stock BertJapaneseTokenizer. That one splits a word into subwords, in
-    Python, each time it meets it; here each word is split once, and most of the time that is left
-    is MeCab's. A text that spells out a special token is left to the stock tokenizer.
+    Special tokens are not added. The ids are those of the stock tokenizer. BertJapaneseTokenizer
+    splits a word into subwords, in Python, each time it meets it; here each word is split once, and
+    most of the time that is left is MeCab's. A text that spells out a special token is left to it.
     """
     special_tokens = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())))
     never_split = tokenizer.all_special_tokens
@@ -2566,12 +2866,15 @@ def make_encoder(tokenizer):
     def word_ids(word):
         if word is None:
             return (tokenizer.mask_token_id,)
-        subwords = [word.strip()]
+        subwords = [word]
         if tokenizer.do_subword_tokenize:
-            subwords = tokenizer.subword_tokenizer.tokenize(word.strip())
+            subwords = tokenizer.subword_tokenizer.tokenize(word)
         return tuple(tokenizer.convert_tokens_to_ids(subwords))
 
     def text_ids(text):
+        if not splits_words(tokenizer):
+            tokens = tokenizer.tokenize(join_words(text, tokenizer))
+            return tokenizer.convert_tokens_to_ids(tokens)
         if isinstance(text, str):
             if special_tokens.search(text):
                 tokens = tokenizer.tokenize(limit_characters(text))
@@ -2579,6 +2882,8 @@ def make_encoder(tokenizer):
             text = tokenizer.word_tokenizer.tokenize(
                 limit_characters(text), never_split=never_split
             )
+        else:
+            text = [word and word.strip() for word in text]
         ids = []
         for word in text:
             ids += word_ids(word)
@@ -2657,7 +2962,8 @@ def token_budget_batches(lengths, n_tokens):
     order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
     while start < len(order):
-        batch_size = max(1, n_tokens // lengths[order[start]])
+        longest = max(1, lengths[order[start]])
+        batch_size = max(1, n_tokens // longest)
         yield order[start : start + batch_size]
         start += batch_size
 
@@ -2721,7 +3027,7 @@ SAVE_SECONDS = 60  # between two savings of the teacher's outputs
 
 
 def load_teacher_outputs(path, n_classes):
-    """Return the teacher's outputs in the cache; empty if there are none.
+    """Return the teacher's outputs in the cache; empty if there are none of this form.
 
     A dict of tensors, one value per text: key (see `text_key`), logits (texts, classes), seconds,
     and machine, a number for the hardware on which the seconds were measured.
@@ -2732,7 +3038,15 @@ def load_teacher_outputs(path, n_classes):
         "seconds": torch.empty(0),
         "machine": torch.empty(0, dtype=torch.int64),
     }
-    return on_main_process(lambda: load_with_checksum(path)) or empty
+
+    def load():
+        saved = load_with_checksum(path)
+        is_usable = isinstance(saved, dict) and saved.keys() == empty.keys()
+        if is_usable and saved["logits"].shape[1:] == empty["logits"].shape[1:]:
+            return saved
+        return empty
+
+    return on_main_process(load)
 
 
 def run_teacher(rows, teacher, collate_fn, outputs, path):
@@ -2798,14 +3112,21 @@ def warn_if_timed_on_other_hardware(outputs, path):
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
-# settings that do not decide what training gives; PATH_SETTINGS do not, either
+# what training does not depend on: settings of what comes after it, texts that only describe, and
+# PATH_SETTINGS
 NOT_IN_RUN_ID = (
     "REPORT_TO",
     "EXPORT",
     "BASELINE",
     "CASCADE_KEEPS",
     "ASK_TEACHER",
+    "SAVE_SECONDS",
+    "MODEL_CARD",
+    "REPORT_FILES",
+    "CACHE_MARK",
+    "SOURCE",
 )
+SOURCE = Path(__file__).read_text("utf-8")  # as it was loaded: the file may be edited during a run
 
 
 def make_trainer(
@@ -2851,36 +3172,99 @@ def make_trainer(
 
 
 def training_run_id(trainer):
-    """Return a hash of everything that affects what training gives: constants, data, weights.
+    """Return what training depends on, {name: value or hash}: constants, code, data, weights.
 
     What files and folders hold is in the data and the weights; where they lie does not count, so
     that a run resumes after it was moved. Raise Problem if the processes differ.
     """
-    constants = {}
-    for name, value in globals().items():
-        is_plain = name.isupper() and isinstance(value, str | int | float | tuple | None)
-        counts = is_plain or name in ACCEPTED or name in ("METHOD_TERMS", "GENERATOR_WEIGHTS")
-        if counts and name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
-            constants[name] = value
-    parts = (
-        constants,
-        trainer.args.num_train_epochs,
-        trainer.args.learning_rate,
-        torch.__version__,
-    )
+    run_id = {}
+    for name, value in plain_constants().items():
+        if name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
+            run_id[name] = repr(value)
+    run_id["the number of epochs"] = trainer.args.num_train_epochs
+    run_id["the learning rate"] = trainer.args.learning_rate
+    run_id["the code"] = digest(code_of())
+    python = ".".join(platform.python_version_tuple()[:2])
+    versions = f"Python {python}, PyTorch {torch.__version__}, transformers"
+    run_id["the versions"] = f"{versions} {transformers.__version__}"
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
-    check_same("settings, or versions of PyTorch", *parts)
+    check_same("settings, distill.py, or versions of Python, PyTorch or transformers", run_id)
     check_same("data", training_data(trainer, without={"soft_labels", "teacher_logits"}))
-    return on_main_process(
-        lambda: digest(
-            *parts,
-            *trainer.run_id_parts,
-            *trainer.extra_state().values(),
-            trainer.model,
-            training_data(trainer),
-        )
-    )
+
+    def with_hashes():
+        models = [*trainer.run_id_parts, *trainer.extra_state().values(), trainer.model]
+        return run_id | {
+            "the data": digest(training_data(trainer)),
+            "the models and losses": digest(*models),
+        }
+
+    return on_main_process(with_hashes)
+
+
+def plain_constants():
+    """Return {name: value} for the constants of this file that are settings, numbers or texts."""
+    constants = {}
+    for name, value in globals().items():
+        is_constant = name.isupper() and isinstance(value, str | int | float | tuple | None)
+        if is_constant or name in ACCEPTED or name in ("METHOD_TERMS", "GENERATOR_WEIGHTS"):
+            constants[name] = value
+    return constants
+
+
+def code_of(*names):
+    """Return the code of these functions, classes and Class.methods, and of what they use by name.
+
+    Without names: all code of this file but its constants. The code is a text without comments and
+    docstrings. Constants that are used count by their current value. A method that is called on an
+    object, self.x(), is not followed: name it, too.
+    """
+    definitions = parse_definitions()
+    assert {*names} <= definitions.keys(), names
+    constants = plain_constants()
+    code = {}
+    remaining = list(names or definitions)
+    while remaining:
+        name = remaining.pop()
+        is_known = name in definitions and name != "code_of"
+        if name in code or not is_known:
+            continue
+        if name in constants:
+            if names and name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
+                code[name] = repr(constants[name])
+            continue
+        code[name], used_names = definitions[name]
+        remaining += used_names
+    return repr(sorted(code.items()))
+
+
+@functools.cache
+def parse_definitions():
+    """Return {name: (its syntax tree as text, the names in it)} for what this file defines."""
+    definitions = {}
+    for statement in ast.parse(SOURCE).body:
+        if isinstance(statement, ast.Expr):  # the docstring of the file
+            continue
+        for node in ast.walk(statement):
+            can_have_docstring = isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if can_have_docstring and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+
+        named = {}
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            named[statement.name] = statement
+        elif isinstance(statement, ast.Assign):
+            named[ast.unparse(statement.targets[0])] = statement
+        else:  # an import, say
+            named[ast.dump(statement)] = statement
+        if isinstance(statement, ast.ClassDef):
+            for method in statement.body:
+                if isinstance(method, ast.FunctionDef):
+                    named[f"{statement.name}.{method.name}"] = method
+        for name, node in named.items():
+            used_names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            definitions[name] = ast.dump(node), sorted(used_names)
+    return definitions
 
 
 def training_data(trainer, without=frozenset()):
@@ -2908,9 +3292,11 @@ def start_or_resume(trainer, checkpoint_path, run_id):
 
     checkpoint = on_main_process(lambda: load_with_checksum(checkpoint_path))
     if checkpoint is not None and checkpoint.get("run_id") != run_id:
+        saved_id = checkpoint["run_id"] if isinstance(checkpoint.get("run_id"), dict) else {}
+        different = [name for name in run_id if saved_id.get(name) != run_id[name]]
         log(
             "training",
-            "settings or data differ from those of the last checkpoint: training starts anew",
+            f"starts anew; changed since the last checkpoint: {short_list(different)}",
         )
         checkpoint = None
     if checkpoint is None:
@@ -3282,21 +3668,20 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     if REFIT_WORDS == 0 or not is_bert_of_teacher or teacher.config.model_type != "bert":
         return
     n_layers = min(REFIT_WORDS, teacher.config.num_hidden_layers)
-    path = Path(CACHE, f"words-{digest(teacher, n_layers, iter_batches(rows, 'key'))}.pt")
 
-    def cached_vectors():
-        vectors = load_with_checksum(path)
-        if vectors is None:
-            log(
-                "teacher",
-                f"its first {n_layers} layers read the training texts once more, for the student's "
-                "word vectors",
-            )
-            vectors = contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
-            save_with_checksum(path, vectors)
-        return vectors
+    def make_vectors():
+        log(
+            "teacher",
+            f"its first {n_layers} layers read the training texts once more, for the student's "
+            "word vectors",
+        )
+        return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
-    student.get_input_embeddings().weight.copy_(on_main_process(cached_vectors))
+    code = code_of("contextual_vectors", "BertForSequenceClassification", "collate")
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    parts = teacher, n_layers, vocabulary, code, iter_batches(rows, "key")
+    vectors = on_main_process(lambda: cached("words", make_vectors, *parts))
+    student.get_input_embeddings().weight.copy_(vectors)
 
 
 def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
@@ -3479,6 +3864,8 @@ def share_teacher(name, is_sample):
     writes = is_first_in(Path(os.path.realpath(name)).parent, is_candidate=is_missing)
     with replaced_folder(name) if writes else contextlib.nullcontext() as new:
         for file_name in files:
+            if writes:
+                (new / file_name).parent.mkdir(parents=True, exist_ok=True)
             with open(new / file_name if writes else os.devnull, "wb") as file:
                 for part in read_on_main_process(Path(name, file_name)):
                     file.write(part)
@@ -3818,8 +4205,7 @@ def load_student_init(teacher_config):
             f"STUDENT_INIT = {STUDENT_INIT!r}: is of the family {config.model_type!r}, the teacher "
             f"of {teacher_config.model_type!r}. Name a model of the teacher's family."
         )
-    config.label2id = teacher_config.label2id
-    config.id2label = teacher_config.id2label
+    set_labels(config, teacher_config.label2id)
     return load_model(STUDENT_INIT, "STUDENT_INIT", config)
 
 
@@ -4207,7 +4593,14 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, keys)}.arrow")
+        code = code_of(
+            "MethodTrainer.with_teacher_layers",
+            type(self).make_pooling.__qualname__,
+            "MethodTrainer.is_ordinary",
+            "BertForSequenceClassification",
+            "collate",
+        )
+        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, code, keys)}.arrow")
         temporary = str(scratch_folder() / path.name)
         if load_with_checksum(f"{path}.sum") != file_digest(path):
             log("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
@@ -4486,32 +4879,40 @@ def make_generator(trainer):
         range(min(2, trainer.teacher_depth)),
         teacher.state_dict(),
     )
+    code = code_of(
+        "make_generator",
+        "MateTrainer.mask",
+        "MateTrainer.random_batch",
+        "MethodTrainer.is_ordinary",
+        "collate",
+    )
+    parts = teacher, SEED, trainer.mask_token_id, trainer.special_ids.tolist(), code
     keys = iter_batches(trainer.train_dataset, "key")
-    key = digest(teacher, SEED, BATCH_SIZE, MASK_RATE, MAX_GRAD_NORM, keys)
-    path = Path(CACHE, f"generator-{key}.pt")
-    weights = load_with_checksum(path)
-    if weights is None:
-        log(
-            "generator",
-            "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers",
-        )
-        optimizer = torch.optim.AdamW(
-            generator.train().parameters(), WARM_START_LEARNING_RATE, fused=True
-        )
-        for _ in progress_bar(range(WARM_START_STEPS), desc="generator"):
-            batch = trainer.random_batch()
-            positions = trainer.mask(batch)
-            logits = token_logits(generator, batch, positions, trainer.mask_token_id)
-            targets = batch["input_ids"][positions]
-            loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(logits))
-            loss.backward()
-            clip_gradients(generator, MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-        weights = generator.state_dict()
-        save_with_checksum(path, weights)
+    weights = cached("generator", lambda: warm_start(generator, trainer), *parts, keys)
     generator.load_state_dict(weights)
     return generator.eval()
+
+
+def warm_start(generator, trainer):
+    """Train a generator to fill in masked words; return its weights."""
+    log(
+        "generator",
+        "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers",
+    )
+    optimizer = torch.optim.AdamW(
+        generator.train().parameters(), WARM_START_LEARNING_RATE, fused=True
+    )
+    for _ in progress_bar(range(WARM_START_STEPS), desc="generator"):
+        batch = trainer.random_batch()
+        positions = trainer.mask(batch)
+        logits = token_logits(generator, batch, positions, trainer.mask_token_id)
+        targets = batch["input_ids"][positions]
+        loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(logits))
+        loss.backward()
+        clip_gradients(generator, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    return generator.state_dict()
 
 
 def load_generator(teacher_tokenizer=None):
@@ -4994,6 +5395,8 @@ def load_saved(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         fit_to_model(tokenizer, model.config)
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(model.config))
+        # a first text, before several threads use it, puts away options saved in tokenizer.json
+        encode([["晴れ"]], tokenizer, tokenizer.model_max_length)
     return model.eval(), tokenizer
 
 
@@ -5103,16 +5506,23 @@ def show_predictions(texts):
 
 
 def stdin_lines():
-    """Yield the lines of standard input: one at a time from a keyboard, else 1000 at a time."""
+    """Yield lists of the lines of standard input: as many as have come, and at least one."""
     if sys.stdin is None:
         raise Problem("--predict: there are no texts, and no standard input to read them from.")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    n_lines = 1 if sys.stdin.isatty() else 1000
-    first_line = sys.stdin.readline().removeprefix("\ufeff")  # Windows' mark of UTF-8
-    stream = itertools.chain([first_line] if first_line else [], sys.stdin)
-    while lines := list(itertools.islice(stream, n_lines)):
-        yield lines
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None:  # a notebook's, say
+        yield list(sys.stdin)
+        return
+    utf_8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
+    rest = ""
+    while part := stream.read1(1 << 16):
+        *lines, rest = (rest + decoder.decode(part)).split("\n")
+        if lines:
+            yield lines
+    rest = (rest + decoder.decode(b"", final=True)).removesuffix("\n")
+    if rest:
+        yield [rest]
 
 
 DEFAULT_TERM = {
@@ -5127,16 +5537,22 @@ DEFAULT_TERM = {
 def distill(teacher, student, data, losses=({},), collate_fn=None):
     """Train a student of your own on a teacher of your own; return it as in its best epoch.
 
-    teacher, student: modules that take the columns of the data, without labels, as named arguments
-        and return logits: a tensor, a tuple that begins with them, or a dict with "logits", such
-        as the outputs of transformers.
+    teacher, student: modules that take columns of the data, without labels, as named arguments and
+        return logits: a tensor, a tuple that begins with them, or a dict with "logits", such as
+        the outputs of transformers. Each is given the columns that its forward names; all of them
+        if that takes **arguments and the module is not one of transformers.
     data: {"train": rows, "val": rows}, Datasets or lists of dicts: input_ids, labels if there are
-        any, and whatever the models take.
+        any, and whatever else the models take. Columns of other things than numbers, lists of
+        numbers or arrays are for a collate_fn only.
     losses: the terms of the loss, a dict each. What is not given is taken from DEFAULT_TERM.
         teacher, student: the name of an output or of a module ("labels" for the teacher: the hard
         labels); loss: a name in CUSTOM_LOSSES, or a function of the student's tensor, the
-        teacher's and the temperature; weight; temperature.
-    collate_fn: rows → dict of tensors; by default rows are padded as `collate` does.
+        teacher's and the temperature; weight; temperature. The named losses are means over the
+        texts or, of tensors (texts, length, size), over the tokens that attention_mask keeps.
+    collate_fn: rows → dict of tensors; by default `pad_columns`.
+
+    A second call with the same models, data, losses, collate_fn and settings returns the student of
+    the first, and one that was stopped goes on.
 
     EPOCHS, PATIENCE, LEARNING_RATE and so on are the constants of this file. Raise Problem for
     what does not fit.
@@ -5152,24 +5568,151 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
     if world_size() > 1:
         raise Problem("distill runs in one process.")
     splits = {split: with_lengths(rows) for split, rows in data.items()}
+    if collate_fn is None:
+        splits = {split: numeric_columns(rows) for split, rows in splits.items()}
     apply_settings(normalized_paths())
+    refuse_faults(folder_faults({"CACHE": Path(CACHE)}))
     make_cache()
 
+    run_id_parts = [teacher, definition_of(teacher.eval(), student.train(), terms, collate_fn)]
     teacher_names = {term["teacher"] for term in terms}
     student_names = {term["student"] for term in terms}
     with (
-        record_outputs(teacher.eval(), teacher_names) as call_teacher,
+        run_lock(["CACHE"]),
+        record_outputs(teacher, teacher_names) as call_teacher,
         record_outputs(student, student_names) as call_student,
     ):
         trainer_class = functools.partial(
             CustomLossTrainer, terms=terms, call_teacher=call_teacher, call_student=call_student
         )
         trainer = make_trainer(
-            student, splits, collate_fn or collate, trainer_class, learning_rate=LEARNING_RATE
+            student, splits, collate_fn or pad_columns, trainer_class, learning_rate=LEARNING_RATE
         )
-        trainer.run_id_parts = [teacher, *map(repr, terms)]
+        trainer.run_id_parts = run_id_parts
         train(trainer, Path(CACHE, "distill.pt"))
     return student.eval()
+
+
+def definition_of(teacher, student, terms, collate_fn):
+    """Return a hash of what `distill` was called with: code, and what state_dict leaves out.
+
+    Functions and classes of the calling script or notebook count by their code and by the values
+    that they use; those that it imports from files of its own by all of these files. What cannot be
+    hashed gets a new hash in each call, so that nothing is reused.
+    """
+    parts = [collate_fn, own_modules()]
+    for term in terms:
+        loss = term["loss"]
+        parts.append(term | {"loss": CUSTOM_LOSSES[loss] if isinstance(loss, str) else loss})
+    for model in teacher, student:
+        for name, module in model.named_modules():
+            attributes = dict(vars(module))
+            del attributes["_parameters"], attributes["_modules"]
+            parts.append((name, type(module), attributes))
+        for name, weight in model.named_parameters():  # each shared weight once
+            parts.append((name, weight.requires_grad))
+    pickled = io.BytesIO()
+    try:
+        NamingPickler(pickled, recurse=True).dump(parts)
+    except Exception as error:
+        log("note", f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
+        return os.urandom(8).hex()
+    return hashlib.sha256(pickled.getbuffer()).hexdigest()
+
+
+class NamingPickler(Pickler):
+    """The pickler by which datasets hashes functions, but of a module it takes the name alone."""
+
+    def persistent_id(self, value):
+        return value.__name__ if isinstance(value, ModuleType) else None
+
+
+def own_modules():
+    """Return what the imported modules hold that belong to no installed package.
+
+    It is what is in memory, as their files may have been edited since: [(module, {name: value})],
+    with the code of functions and classes, and the values of constants.
+    """
+    keys = "stdlib", "platstdlib", "purelib", "platlib"
+    installed = {sysconfig.get_path(key) for key in keys} | {site.getusersitepackages()}
+    contents = []
+    for name, module in sorted(sys.modules.items()):
+        path = str(getattr(module, "__file__", None) or "")
+        is_installed = any(path.startswith(folder + os.sep) for folder in installed)
+        is_script = module is sys.modules["__main__"] or name == __name__
+        if is_installed or is_script or not path.endswith(".py"):
+            continue
+        values = {}
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", None) == name:
+                values[key] = code_in_memory(value)
+            elif is_plain_value(value):
+                values[key] = value
+        values = {key: value for key, value in values.items() if not key.startswith("__")}
+        contents.append((name, values))
+    return contents
+
+
+def is_plain_value(value):
+    """Whether a value is a number, a text or None, or consists of them."""
+    if isinstance(value, dict):
+        return all(map(is_plain_value, [*value, *value.values()]))
+    if isinstance(value, tuple | list | set | frozenset):
+        return all(map(is_plain_value, value))
+    return isinstance(value, str | bytes | int | float | None)
+
+
+def code_in_memory(value):
+    """Return the code of a function or class, without the numbers of its lines."""
+    if isinstance(value, type):
+        return [(name, code_in_memory(member)) for name, member in sorted(vars(value).items())]
+    code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
+    if code is None:
+        return None
+    constants = []
+    for constant in code.co_consts:
+        nested = isinstance(constant, CodeType)
+        constants.append(code_in_memory(constant) if nested else constant)
+    defaults = getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None)
+    return code.co_code, code.co_names, code.co_varnames, constants, defaults
+
+
+def pad_columns(rows):
+    """Return rows, dicts of numbers, lists or arrays, as a dict of tensors.
+
+    Lists are padded at the end to the longest of these rows: labels with NO_LABEL, others with 0.
+    Rows of input_ids without an attention_mask get one.
+    """
+    batch = {}
+    for name in rows[0]:
+        with as_problem(
+            f"data: column {name!r} has a value that is no tensor",
+            "Give numbers in every row, or a collate_fn",
+        ):
+            tensors = [torch.as_tensor(row[name]) for row in rows]
+        if tensors[0].dim() == 0:
+            batch[name] = torch.stack(tensors)
+            continue
+        longest = max(tensors, key=torch.numel)  # an empty list has another type
+        tensors = [tensor.to(longest.dtype) for tensor in tensors]
+        padding = NO_LABEL if name == "labels" else 0
+        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
+    if "input_ids" in batch and "attention_mask" not in batch:
+        tokens = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+        batch["attention_mask"] = pad_sequence(tokens, batch_first=True)
+    return batch
+
+
+def numeric_columns(rows):
+    """Return a Dataset with those of its columns that hold numbers, or lists of numbers."""
+    numeric = []
+    for name, kind in rows.features.items():
+        while hasattr(kind, "feature"):  # of the members of a list
+            kind = kind.feature
+        dtype = str(getattr(kind, "dtype", ""))
+        if re.match("u?int|float|bool", dtype):
+            numeric.append(name)
+    return rows.select_columns(numeric)
 
 
 class CustomLossTrainer(CustomTrainer):
@@ -5191,7 +5734,11 @@ class CustomLossTrainer(CustomTrainer):
             student_tensor = student_outputs.get(term["student"])
             teacher_tensor = teacher_outputs.get(term["teacher"])
             check_shapes(term, student_tensor, teacher_tensor)
-            function = CUSTOM_LOSSES.get(term["loss"], term["loss"])
+            function = term["loss"]
+            if isinstance(function, str):
+                function = CUSTOM_LOSSES[function]
+                tensors = student_tensor, teacher_tensor
+                student_tensor, teacher_tensor = tokens_only(*tensors, inputs.get("attention_mask"))
             value = function(student_tensor, teacher_tensor, term["temperature"])
             loss = loss + term["weight"] * value
         if return_outputs:
@@ -5211,6 +5758,21 @@ def check_shapes(term, student_tensor, teacher_tensor):
             "outputs, or modules of model.named_modules(), that fit each other, or give a function "
             "as loss."
         )
+
+
+def tokens_only(student, teacher, attention_mask):
+    """Return the tensors, (texts, length, size), without padding: (tokens, size).
+
+    teacher: may also be labels, (texts, length). Tensors of other shapes stay as they are.
+    """
+    if student.dim() != 3:
+        return student, teacher
+    is_token = torch.ones(student.shape[:2], dtype=torch.bool)
+    if attention_mask is not None and attention_mask.shape == is_token.shape:
+        is_token = attention_mask.bool()
+    if teacher.shape[:2] != is_token.shape:
+        return student, teacher
+    return student[is_token], teacher[is_token]
 
 
 def kl_loss(student, teacher, temperature):
@@ -5243,12 +5805,19 @@ def record_outputs(model, names):
     """
     module_outputs = {}
     modules = dict(model.named_modules())
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    takes_any = takes_any and not isinstance(model, transformers.PreTrainedModel)
 
     def first_tensor(output):
         return output if isinstance(output, torch.Tensor) else output[0]
 
     def call(inputs):
-        output = model(**inputs)
+        arguments = {}
+        for name, value in inputs.items():
+            if name in parameters or (takes_any and name != "length"):
+                arguments[name] = value
+        output = model(**arguments)
         outputs = dict(output) if isinstance(output, dict) else {"logits": first_tensor(output)}
         return module_outputs | outputs
 
@@ -5463,7 +6032,7 @@ def take_texts(argv):
 def documented_settings():
     """Yield (group, name, comment) for every setting, in the order of this file."""
     section = group = ""
-    for line in Path(__file__).read_text("utf-8").splitlines():
+    for line in SOURCE.splitlines():
         heading = re.fullmatch(r"# ── (.+?) ─+", line)
         setting = re.fullmatch(r"([A-Z_]+) = .+?(?:  # (.+))?", line)
         if heading:
@@ -5521,7 +6090,7 @@ def check_settings():
         if not test(globals()[name]):
             faults.append(f"{name} = {globals()[name]!r}: must be {words}")
     if not faults:  # each is valid; do they go together?
-        faults = [*folder_faults(), *column_faults(), *option_faults()]
+        faults = [*folder_faults(written_folders()), *column_faults(), *option_faults()]
     refuse_faults(faults)
     make_cache()
 
@@ -5628,13 +6197,15 @@ def as_problem(what, advice):
     """
     try:
         yield
-    except Problem:
+    except (Problem, BrokenPipeError):
         raise
     except Exception as error:
         problem = full_disk_problem(error)
         if problem is None:
             reason = str(error.__cause__ or error).strip() or type(error).__name__
             reason = re.sub(r"\x1b\[[\d;]*m", "", reason)  # colours
+            if is_no_connection(error):
+                reason = "it is not on this machine, and there is no connection to the hub"
             first_line = reason.splitlines()[0].rstrip(".:")
             if len(first_line) > 300:
                 first_line = f"{first_line[:300]}…"
@@ -5643,22 +6214,41 @@ def as_problem(what, advice):
         raise problem from error
 
 
+def is_no_connection(error):
+    """Whether a library could not, or must not (HF_HUB_OFFLINE), ask the hub for what it lacks."""
+    kinds = (
+        ConnectionError,  # by datasets
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        huggingface_hub.errors.OfflineModeIsEnabled,
+    )
+    while error is not None:
+        if type(error) in kinds:
+            return True
+        error = error.__cause__
+    return False
+
+
+def causes(error):
+    """Yield an error, the one that led to it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def full_disk_problem(error):
     """Return a Problem if an error, or one that led to it, is a full disk or quota; else None."""
     codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    while error is not None:
-        code = error.errno if isinstance(error, OSError) else None
-        # safetensors and pyarrow give it as a message only
-        message = re.search(
-            "No space left on device|File too large|quota exceeded", str(error), re.IGNORECASE
-        )
-        if code in codes or message:
-            reason = os.strerror(code) if code else message[0]
+    for cause in causes(error):
+        code = getattr(cause, "errno", None)
+        # safetensors and pyarrow give the number in their message only
+        told = re.search(r"\b(?:os error|errno) (\d+)\b", str(cause), re.IGNORECASE)
+        if code not in codes and told:
+            code = int(told[1])
+        if code in codes:
             return Problem(
-                f"{reason}. What was saved before is still there. Make room, or name another CACHE "
-                "and OUTPUT; the same command goes on from here."
+                f"{os.strerror(code)}. What was saved before is still there. Make room, or name "
+                "another CACHE and OUTPUT; the same command goes on from here."
             )
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -5675,14 +6265,19 @@ CACHE_MARK = """Signature: 8a477f597d28d172789f06886806bc55
 """
 
 
-def folder_faults():
-    """Return what is wrong with the folders to write to: OUTPUT, CACHE, a TEACHER to be made."""
-    faults, written = [], {}
+def written_folders():
+    """Return {setting: folder to write to}; for OUTPUT and a TEACHER to be made, the parent."""
+    written = {"CACHE": Path(CACHE)}
     if rank() == 0:  # no other process writes OUTPUT
         written["OUTPUT"] = Path(os.path.realpath(OUTPUT)).parent
-    written["CACHE"] = Path(CACHE)
     if TEACHER_BASE is not None and not os.path.exists(TEACHER):
         written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
+    return written
+
+
+def folder_faults(written):
+    """Return what is wrong with the folders to write to, a list; written: see `written_folders`."""
+    faults = []
     for name, folder in written.items():
         value = globals()[name]
         try:
@@ -5690,28 +6285,34 @@ def folder_faults():
                 raise OSError(errno.ENOENT, "no user of this name")
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-            files = set(os.listdir(folder))
+            is_own = name != "CACHE" or is_own_cache(folder)
         except OSError as error:
             faults.append(f"{name} = {value!r}: cannot be written ({error.strerror}); name another")
             continue
-        if name == "CACHE" and files and not files & {"CACHEDIR.TAG", "lock"}:
+        if not is_own:
             faults.append(
                 f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might "
                 "overwrite; name another"
             )
-    if rank() == 0:  # the loop has made CACHE, and `is_inside` compares folders that exist
+    if "OUTPUT" in written:  # the loop has made CACHE, and `is_inside` compares folders that exist
         faults += output_faults()
     return faults
+
+
+def is_own_cache(folder):
+    """Whether a folder is empty, or has the mark that distill.py gives to its CACHE."""
+    names = [name for name in os.listdir(folder) if not name.endswith(".distill_new")]
+    mark = folder / "CACHEDIR.TAG"
+    return not names or (mark.is_file() and "distill.py" in mark.read_text("utf-8", "replace"))
 
 
 def output_faults():
     """Return why OUTPUT, which is replaced as a whole, must not be replaced: a list."""
     output = os.path.realpath(OUTPUT)
     needed = {
-        "TEACHER": TEACHER,
-        "DATA": DATA,
-        "CACHE": CACHE,
-        "UNLABELED": UNLABELED,
+        **{name: globals()[name] for name in PATH_SETTINGS},
+        "OUTPUT": None,
+        "STUDENT_INIT": None if STUDENT_INIT in ("teacher", "random") else STUDENT_INIT,
         "the working folder": os.getcwd(),
         "distill.py": __file__,
     }
@@ -5779,7 +6380,9 @@ def make_cache():
     Path(CACHE).mkdir(parents=True, exist_ok=True)
     mark = Path(CACHE, "CACHEDIR.TAG")
     if not mark.exists():
-        mark.write_text(CACHE_MARK, "utf-8")
+        new = Path(f"{mark}.{os.getpid()}.distill_new")
+        new.write_text(CACHE_MARK, "utf-8")
+        os.replace(new, mark)
 
 
 def scratch_folder():
@@ -5821,7 +6424,7 @@ def clear_output():
 
 
 def check_output_replaceable():
-    """Rename OUTPUT away and back, as saving it will: Problem for a mount point, for example."""
+    """Raise Problem if OUTPUT, which is replaced as a whole, cannot be."""
     output = os.path.realpath(OUTPUT)
     for path in f"{output}.distill_old", f"{output}.distill_new":
         if os.path.exists(path):
@@ -5836,25 +6439,24 @@ def check_output_replaceable():
             f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or "
             "name another."
         )
-    with as_problem(
-        f"OUTPUT = {OUTPUT!r}: cannot be replaced as a whole",
-        f"Name a new folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one",
-    ):
-        os.rename(output, f"{output}.distill_old")
-        os.rename(f"{output}.distill_old", output)
+    if os.path.ismount(output):
+        raise Problem(
+            f"OUTPUT = {OUTPUT!r}: is a mount point and cannot be replaced as a whole. Name a new "
+            f"folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one."
+        )
 
 
 @contextlib.contextmanager
-def run_lock():
-    """In this block no other run can use the same CACHE, OUTPUT or TEACHER to be made.
+def run_lock(names):
+    """In this block no other run can use the folders of these settings; CACHE is one of them.
 
     The locks of a process that dies are released. Only the first process makes OUTPUT and TEACHER.
     """
-    locks = {"CACHE": Path(CACHE, "lock")}
-    if rank() == 0:
-        locks["OUTPUT"] = Path(f"{os.path.realpath(OUTPUT)}.distill_lock")
-    if rank() == 0 and TEACHER_BASE is not None and not os.path.exists(TEACHER):
-        locks["TEACHER"] = Path(f"{os.path.realpath(TEACHER)}.distill_lock")
+    locks = {}
+    for name in names:
+        folder = globals()[name]
+        locks[name] = Path(f"{os.path.realpath(folder)}.distill_lock")
+    locks["CACHE"] = Path(CACHE, "lock")
     with contextlib.ExitStack() as stack:
         for name, path in locks.items():
             try:
@@ -5902,6 +6504,16 @@ def load_with_checksum(path):
     return None
 
 
+def cached(kind, make, *parts):
+    """Return make(), or what it gave in an earlier run. parts: all that it depends on."""
+    path = Path(CACHE, f"{kind}-{digest(*parts)}.pt")
+    content = load_with_checksum(path)
+    if content is None:
+        content = make()
+        save_with_checksum(path, content)
+    return content
+
+
 def file_digest(path):
     """Return the SHA-256 of a file; "" if there is none."""
     if not os.path.isfile(path):
@@ -5911,10 +6523,9 @@ def file_digest(path):
 
 
 def file_names(folder):
-    """Return the names of the files in a folder; those in folders within it do not count."""
-    if not os.path.isdir(folder):
-        return []
-    return sorted(path.name for path in Path(folder).iterdir() if path.is_file())
+    """Return the names of the files in a folder and in those within it, relative to it."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def save_folder(folder, model, tokenizer, write_more=None):
@@ -5961,8 +6572,8 @@ def replaced_folder(folder):
     try:
         new.mkdir()
         yield new
-        for path in new.iterdir():
-            with open(path, "rb") as file:
+        for file_name in file_names(new):
+            with open(new / file_name, "rb") as file:
                 os.fsync(file.fileno())
         if os.path.exists(real_folder):
             os.rename(real_folder, old)
@@ -6128,11 +6739,14 @@ def is_first_in(folder, is_candidate=True):
 
 
 def main(argv=None):
-    """Run the command: exit status 0 if a student was saved, else 1 and one message."""
+    """Run the command: exit status 0 if a student was saved, else 1 and one message.
+
+    Settings from the command line count for this call only.
+    """
     quiet_for_users()
+    settings = {name: globals()[name] for name in ACCEPTED}
     try:
         changes, texts = read_command_line(argv)
-        COMMAND_LINE_SETTINGS.clear()
         COMMAND_LINE_SETTINGS.update(changes)
         apply_settings(changes)
         apply_settings(normalized_paths())
@@ -6169,6 +6783,9 @@ def main(argv=None):
             "put right, the same command goes on from here."
         )
         sys.exit(f"distill.py: {message}")
+    finally:
+        apply_settings(settings)
+        COMMAND_LINE_SETTINGS.clear()
 
 
 def quiet_for_users():
@@ -6187,11 +6804,14 @@ def run_locked():
     """`run`, with the locks in the first process of each disk; only the first of all prints."""
     is_first = is_first_in(CACHE)
     if is_first and rank() != 0:  # `check_settings` has seen the disk of the first process only
-        refuse_faults(folder_faults())
+        refuse_faults(folder_faults(written_folders()))
         make_cache()
     with contextlib.ExitStack() as stack:
         if is_first:
-            stack.enter_context(run_lock())
+            written = written_folders()
+            if rank() != 0:
+                written.pop("TEACHER", None)
+            stack.enter_context(run_lock(written))
         if rank() != 0:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))

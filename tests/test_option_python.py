@@ -1,6 +1,7 @@
 """Option: from Python and from the shell: load_student, --predict and distill()."""
 
 import io
+import json
 import math
 import re
 import subprocess
@@ -194,7 +195,7 @@ def test_unknown_words_are_none_in_readme_examples():
     tokenizer = distill.transformers.AutoTokenizer.from_pretrained(SAMPLE / "base")
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(r"^python distill.py --predict (.*)$", readme, re.M) + re.findall(
-        r"^(?:predict\(|print\(pipeline)(.*)$", readme, re.M
+        r"^(?:predict\(|print\(classify\()(.*)$", readme, re.M
     )
     texts = [text for command in commands for text in re.findall(r'"([^"]*。)"', command)]
     assert len(texts) >= 6
@@ -351,3 +352,265 @@ def test_distill_refuses_terms_that_do_not_fit(splits, settings, term, told):
     settings.setattr(distill, "BATCH_SIZE", 8)
     with pytest.raises(distill.Problem, match=told):
         distill.distill(tiny_model(), Bag(), splits, [term])
+
+
+# ── distill(): what a second call may reuse ──
+
+
+def distance(power):
+    def loss(student, teacher, temperature):
+        return ((student - teacher).abs() ** power).mean()
+
+    return loss
+
+
+class DropoutBag(Bag):
+    def __init__(self, p, scale=1.0):
+        super().__init__()
+        self.dropout, self.scale = torch.nn.Dropout(p), scale
+
+    def forward(self, input_ids, attention_mask):
+        return self.dropout(super().forward(input_ids, attention_mask)) * self.scale
+
+
+class NegativeBag(DropoutBag):
+    def forward(self, input_ids, attention_mask):
+        return -super().forward(input_ids, attention_mask)
+
+
+def test_definition_of_tells_losses_and_models_apart(splits, settings, capsys):
+    """Equal calls give the finished student; another function, or model of equal weights, not."""
+    calls = [
+        (DropoutBag(0.0), [{"loss": distance(1)}], None),
+        (DropoutBag(0.0), [{"loss": distance(2)}], None),
+        (DropoutBag(0.9), [{"loss": distance(1)}], None),
+        (DropoutBag(0.0, scale=2.0), [{"loss": distance(1)}], None),
+        (NegativeBag(0.0), [{"loss": distance(1)}], None),
+        (DropoutBag(0.0), [{"loss": distance(1)}], lambda rows: distill.pad_columns(rows[::-1])),
+        (DropoutBag(0.0), [{"loss": "mse"}], None),
+        (DropoutBag(0.0).requires_grad_(False), [{"loss": "mse"}], None),
+    ]
+    calls[-1][0].out.bias.requires_grad_(True)
+    students = []
+    for student, terms, collate_fn in calls:
+        start = {name: weight.clone() for name, weight in student.state_dict().items()}
+        made = distill.distill(tiny_model(), student, splits, terms, collate_fn)
+        assert "goes on after epoch" not in capsys.readouterr().out
+        student.load_state_dict(start)
+        again = distill.distill(tiny_model(), student, splits, terms, collate_fn)
+        assert "goes on after epoch 2" in capsys.readouterr().out
+        assert torch.equal(again.out.weight, made.out.weight)
+        students.append(again.out.weight.detach().clone())
+    different = {tuple(weight.flatten().tolist()) for weight in students[:5]}
+    assert len(different) == 5
+
+
+def test_definition_of_is_the_same_in_another_process(splits, tmp_path):
+    """A function counts by its code and what it uses, in the script or in a file beside it."""
+    (tmp_path / "rows.json").write_text(json.dumps(splits), "utf-8")
+    script = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}, "."]
+import torch
+import distill
+from conftest import tiny_model
+from my_losses import theirs
+SCALE = 1
+def mine(student, teacher, temperature):
+    return SCALE * (student - teacher).abs().mean()
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag, self.dropout = torch.nn.EmbeddingBag({words}, 2), torch.nn.Dropout(0.1)
+    def forward(self, input_ids):
+        return self.dropout(self.bag(input_ids))
+distill.EPOCHS, distill.WARMUP_STEPS = 1, 0
+terms = [{{"loss": mine}}, {{"loss": theirs}}]
+distill.distill(tiny_model(), Words(), json.load(open("rows.json")), terms)
+"""
+    script = script.format(root=str(ROOT), tests=str(ROOT / "tests"), words=VOCABULARY)
+    theirs = "def theirs(student, teacher, temperature):\n    return (student - teacher).norm()\n"
+    (tmp_path / "my_losses.py").write_text(theirs, "utf-8")
+    (tmp_path / "mine.py").write_text(script, "utf-8")
+
+    def resumes():
+        command = [sys.executable, "mine.py"]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return "goes on after epoch 1" in done.stdout
+
+    assert [resumes(), resumes()] == [False, True]
+    (tmp_path / "mine.py").write_text(script.replace("SCALE = 1", "SCALE = 2"), "utf-8")
+    assert not resumes()
+    (tmp_path / "mine.py").write_text(script.replace("Dropout(0.1)", "Dropout(0.2)"), "utf-8")
+    assert not resumes()
+    (tmp_path / "my_losses.py").write_text(theirs.replace("norm()", "norm() ** 2"), "utf-8")
+    assert not resumes()
+    (tmp_path / "my_losses.py").write_text("# the same\n" + theirs.replace("norm()", "norm() ** 2"))
+    assert resumes()
+
+
+def test_definition_of_without_a_hash_never_resumes(splits, capsys):
+    scales = (scale for scale in [1.0] * 100)  # a generator cannot be pickled
+
+    def loss(student, teacher, temperature):
+        return next(scales) * F.mse_loss(student, teacher)
+
+    for _ in range(2):
+        distill.distill(tiny_model(), Bag(), splits, [{"loss": loss}])
+        printed = capsys.readouterr().out
+        assert "cannot be resumed" in printed and "goes on" not in printed
+
+
+def test_distill_takes_the_lock_of_its_cache(splits):
+    distill.make_cache()
+    with distill.run_lock(["CACHE"]):
+        with pytest.raises(distill.Problem, match="CACHE.*another run is using it"):
+            distill.distill(tiny_model(), Bag(), splits)
+
+
+# ── distill(): batches and losses over tokens ──
+
+
+def padded(row, length):
+    more = length - len(row["input_ids"])
+    mask = [1] * len(row["input_ids"]) + [0] * more
+    return row | {"input_ids": row["input_ids"] + [0] * more, "attention_mask": mask}
+
+
+def first_loss(settings, teacher, student, splits, terms, batch_size=6):
+    """The loss of the first texts, without dropout."""
+    losses = []
+
+    def look(trainer, *more, **others):
+        batch = trainer.data_collator([trainer.train_dataset[n] for n in range(batch_size)])
+        losses.append(trainer.compute_loss(trainer.model.eval(), batch).item())
+
+    with settings.context() as changed:
+        changed.setattr(distill, "train", look)
+        distill.distill(teacher, student, splits, terms)
+    return losses[0]
+
+
+LAYERS = {"teacher": "bert.encoder.layer.2", "student": "bert.encoder.layer.0"}
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse", "cosine"])
+def test_tokens_only_leaves_padding_out(splits, settings, loss):
+    """Rows that are padded already give the loss of the same rows without padding."""
+    models = tiny_model().eval(), tiny_model(num_hidden_layers=1, seed=1).eval()
+    terms = [{}, LAYERS | {"loss": loss}]
+    plain = first_loss(settings, *models, splits, terms)
+    longer = {split: [padded(row, 60) for row in table] for split, table in splits.items()}
+    assert first_loss(settings, *models, longer, terms) == pytest.approx(plain, rel=1e-5)
+
+    # by hand, text by text
+    values = []
+    for row in splits["train"][:6]:
+        ids = torch.tensor([row["input_ids"]])
+        states = [model(ids, output_hidden_states=True).hidden_states for model in models]
+        teacher, student = states[0][3][0], states[1][1][0]
+        if loss == "kl":
+            teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
+            values += (teacher.exp() * (teacher - student)).sum(-1).tolist()
+        elif loss == "mse":
+            values += (teacher - student).square().mean(-1).tolist()
+        else:
+            values += (1 - F.cosine_similarity(teacher, student, dim=-1)).tolist()
+    only_layers = first_loss(settings, *models, splits, [LAYERS | {"loss": loss}])
+    assert only_layers == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+class Tagger(torch.nn.Module):
+    """It gives each token a label, and takes a column that only it knows."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.words, self.out = torch.nn.Embedding(VOCABULARY, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask, weights, **more):
+        assert weights.shape == input_ids.shape and "offset" in more and "length" not in more
+        return self.out(self.words(input_ids) * weights[..., None])
+
+
+def test_distill_of_token_labels_with_columns_of_its_own(splits, settings, capsys):
+    tagged = {}
+    for split, table in splits.items():
+        tagged[split] = []
+        for row in table:
+            weights = [float(token % 3) for token in row["input_ids"]]
+            labels = [-100, *(token % 3 for token in row["input_ids"][1:])]
+            others = {"weights": weights, "offset": 7, "text": "文", "note": None}
+            tagged[split].append(row | {"labels": labels} | others)
+    terms = [{}, {"teacher": "labels", "loss": "ce"}]
+    teacher, student = Tagger(0).eval(), Tagger(1).eval()
+    found = first_loss(settings, teacher, student, tagged, terms)
+    kl, ce = [], []
+    for row in tagged["train"][:6]:
+        inputs = {name: torch.tensor([row[name]]) for name in ("input_ids", "weights")}
+        outputs = [m(**inputs, attention_mask=None, offset=7)[0] for m in (teacher, student)]
+        teacher_logs, student_logs = (logits.log_softmax(-1) for logits in outputs)
+        kl += (teacher_logs.exp() * (teacher_logs - student_logs)).sum(-1).tolist()
+        ce += (-student_logs[range(1, len(row["labels"])), row["labels"][1:]]).tolist()
+    assert found == pytest.approx(sum(kl) / len(kl) + sum(ce) / len(ce), rel=1e-4)
+    distill.distill(teacher, student, tagged, terms)
+    assert "nan" in capsys.readouterr().out  # one label a text is what accuracy is for
+
+
+def test_pad_columns_pads_each_column():
+    rows = [
+        {"input_ids": [], "labels": [1, 2], "x": [[1.0, 2.0]], "n": 3, "text": "a", "w": [None]},
+        {"input_ids": [7, 8], "labels": [0], "x": [[3.0, 4.0], [5.0, 6.0]], "n": 4, "text": "b"},
+    ]
+    rows = list(distill.numeric_columns(distill.datasets.Dataset.from_list(rows)))
+    batch = distill.pad_columns(rows)
+    assert batch["input_ids"].tolist() == [[0, 0], [7, 8]]
+    assert batch["labels"].tolist() == [[1, 2], [0, -100]]
+    assert batch["attention_mask"].tolist() == [[0, 0], [1, 1]]
+    assert batch["x"].shape == (2, 2, 2) and batch["x"][0, 1].tolist() == [0, 0]
+    assert batch["n"].tolist() == [3, 4] and batch.keys().isdisjoint({"text", "w"})
+
+
+# ── load_student, --predict: threads, pipes ──
+
+
+@pytest.mark.parametrize("kind", ["japanese", "rust"])
+def test_load_student_answers_several_threads_as_one(rust, kind, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    folder = save_model("student", tokenizer=kind == "japanese")
+    if kind == "rust":
+        rust.save_pretrained(folder)
+    predict = distill.load_student(folder)
+    words = "the film is not a good one , n ' t . この店の料理は美味しい。".split()
+    batches = []
+    for number in range(40):  # of all lengths, many of them truncated
+        texts = [" ".join(words[(number + k) % 12 :] * (1 + (k * number) % 9)) for k in range(4)]
+        batches.append(texts)
+    expected = [predict(texts) for texts in batches]
+    monkeypatch.setattr(sys, "setswitchinterval", sys.setswitchinterval)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(predict, batches * 6))
+    finally:
+        sys.setswitchinterval(0.005)
+    assert answers == expected * 6
+
+
+def test_stdin_lines_answers_each_line_of_a_pipe_as_it_comes(teacher):
+    command = [sys.executable, str(ROOT / "distill.py"), "--output", str(teacher), "--predict"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    answers = []
+    for text in "良い。\n", "悪い。\r\n", "三行目":
+        process.stdin.write(text.encode()[:2])
+        process.stdin.flush()
+        process.stdin.write(text.encode()[2:])
+        process.stdin.flush()
+        if text.endswith("\n"):  # the pipe is still open
+            answers.append(process.stdout.readline())
+    process.stdin.close()
+    answers.append(process.stdout.readline())
+    assert all(re.fullmatch(rb"(negative|positive)\t0\.\d{4}\n", answer) for answer in answers)
+    assert process.stdout.read() == b"" and process.wait() == 0

@@ -1,5 +1,7 @@
 """Option: a teacher that is still to be made, and the sample teacher."""
 
+import csv
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from conftest import interrupt_in, rows, save_model, tiny_model, write_csv
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    pipeline,
 )
 
 import distill
@@ -137,3 +140,46 @@ def test_make_teacher_clears_lock_of_killed_run(data, run):
         Path("made.distill_lock").touch()
         run("--teacher", "made", "--teacher-base", "base", "--teacher-epochs", "1", "--epochs", "1")
         assert Path("made").is_dir() and not Path("made.distill_lock").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "multi_label_classification", "labels": ("a", "b", "c")},
+        {"problem_type": "regression", "labels": ("score",)},
+    ],
+)
+def test_set_labels_makes_any_base_choose_one_label(data, run, changes):
+    save_model("base", **changes)
+    for epochs in "1", "2":  # the made teacher is accepted in later runs, too
+        run(
+            "--teacher",
+            "made",
+            "--teacher-base",
+            "base",
+            "--teacher-epochs",
+            "1",
+            "--epochs",
+            epochs,
+        )
+    for folder in "made", "distilled_model":
+        config = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        assert config["problem_type"] == "single_label_classification"
+    texts = [text for text, _ in rows("test", 8)]
+    classify = pipeline("text-classification", "distilled_model", device="cpu")
+    for ours, stock in zip(distill.load_student("distilled_model")(texts), classify(texts)):
+        assert ours["label"] == stock["label"] and abs(ours["score"] - stock["score"]) < 1e-5
+
+
+def test_made_teacher_has_not_seen_test_of_a_run_with_another_seed(run, settings):
+    write_csv("all.csv", rows("train", 120))
+    save_model("base")
+    made = ["--data", "all.csv", "--teacher", "made", "--teacher-base", "base"]
+    made += ["--teacher-epochs", "1", "--epochs", "1"]
+    tests = []
+    for seed in "1", "2":
+        run(*made, "--seed", seed)
+        with open("distilled_model/predictions.csv", encoding="utf-8-sig", newline="") as file:
+            tests.append({row["text"] for row in csv.DictReader(file)})
+    assert tests[0] == tests[1]

@@ -225,3 +225,16 @@ def test_fill_masks_replaces_every_mask(teacher, data, run, settings):
     masked = [sum(ids.count(mask) for ids in one["input_ids"]) for one in seen]
     assert masked[0] > 100 and masked[1] == 0 and len(seen[1]) > 130
     assert seen[1]["input_ids"][:] == seen[2]["input_ids"][:]
+
+
+@pytest.mark.parametrize("header", [["text"], ["id", "text"]])
+def test_read_unlabeled_refuses_rows_that_a_quote_swallows(settings, header):
+    """A quote that opens by mistake takes the texts below with it."""
+    Path(distill.CACHE).mkdir(exist_ok=True)
+    lines = ["一つ目です。", '"二つ目と', "三つ目と", '四つ目"', "五つ目です。"]
+    if len(header) == 2:
+        lines = [f"{number},{line}" for number, line in enumerate(lines)]
+    Path("more.csv").write_text("\n".join([",".join(header), *lines]), "utf-8")
+    settings.setattr(distill, "UNLABELED", "more.csv")
+    with pytest.raises(distill.Problem, match="more.csv, line 3: a quote opens here"):
+        distill.read_unlabeled()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import report, rows, write_csv
+from conftest import MODEL, notes, report, rows, save_model, write_csv
 from transformers import BertForSequenceClassification, pipeline
 
 import distill
@@ -157,14 +157,31 @@ def test_save_results_student_is_reported_one_in_pipeline(teacher, data, run):
 # ── Report files ──
 
 
-def test_weight_bytes_counts_weights_alone(teacher, data, run):
-    for name in (
-        "training_args.bin",
-        "pytorch_model.bin",
-    ):  # what a Trainer and an older copy leave in such a folder
-        (teacher / name).write_bytes(b"x" * 1000)
+def test_make_report_counts_bytes_of_weights_alone(teacher, data, run):
+    (teacher / "training_args.bin").write_bytes(b"x" * 1000)  # as a Trainer leaves it
     run("--epochs", "1")
-    assert report()["teacher"]["bytes"] == (teacher / "model.safetensors").stat().st_size
+    assert report()["teacher"]["bytes"] == 4 * report()["teacher"]["parameters"]
+    assert report()["student"]["bytes"] == MODEL.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "predicted, labels, is_noted",
+    [([1, 1], [0, 1], True), ([1, 0], [0, 1], False), ([1, 1], [1, 1], False)],
+)
+def test_warn_if_one_label_names_label(predicted, labels, is_noted, capsys):
+    answers = torch.tensor(predicted), torch.tensor(labels)
+    distill.warn_if_one_label("student", "test", *answers, ["bad", "good"])
+    printed = capsys.readouterr().out
+    assert ("student" in printed and "test with good" in printed) == is_noted
+
+
+def test_run_notes_student_that_answers_one_label(teacher, data, run):
+    printed = run("--epochs", "1", "--warmup-steps", "1000000", "--student-init", "random")
+    answers = {
+        row["student"]
+        for row in csv.DictReader(open("distilled_model/predictions.csv", encoding="utf-8-sig"))
+    }
+    assert ("the student answers all" in notes(printed)) == (len(answers) == 1)
 
 
 # ── Console ──
@@ -177,3 +194,26 @@ def test_print_epoch_aligns_lines(teacher, data, run):
     assert (
         len(lines) == 4 and len({len(line.removesuffix(" best").rstrip()) for line in lines}) == 1
     )
+
+
+@pytest.mark.parametrize("kind", ["japanese", "rust"])
+def test_write_model_card_names_language_and_truncates(rust, data, run, kind):
+    """The card's pipeline reads texts of any length as distill.py does."""
+    folder = save_model("finetuned_bert_japanese", tokenizer=kind == "japanese")
+    if kind == "rust":
+        rust.save_pretrained(folder)
+    run("--epochs", "1")
+    card = Path("distilled_model/README.md").read_text("utf-8")
+    assert ("language: ja" in card) == (kind == "japanese") and "truncation=True" in card
+    code = (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace("path/to/this/folder", "distilled_model")
+    )
+    classify = {}
+    exec(code, classify)
+    texts = ["the film is not good。料理" * n for n in (1, 8, 400)]
+    for ours, stock in zip(
+        distill.load_student("distilled_model")(texts), classify["classify"](texts)
+    ):
+        assert ours["label"] == stock["label"] and abs(ours["score"] - stock["score"]) < 1e-5

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -184,3 +185,37 @@ def test_log_tokens_reports_unknown_tokens(teacher, data, run):
     write_csv(data / "val.csv", [(f"囁嚶{text}", label) for text, label in rows("val", 16)])
     assert " of val. Are these texts of the teacher's language" in notes(run("--epochs", "2"))
     assert "% of train" not in notes(run("--epochs", "2"))
+
+
+class SpacedWords:
+    """A word tokenizer that keeps white space, as a user dictionary or another tool may."""
+
+    def tokenize(self, text, **options):
+        return [part for part in re.split("( |と)", text) if part]
+
+
+@pytest.mark.parametrize("subwords", ["wordpiece", "character"])
+def test_make_encoder_of_words_with_white_space_equals_stock(subwords):
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "base", subword_tokenizer_type=subwords)
+    tokenizer.word_tokenizer = SpacedWords()
+    for text in "良い と 悪い", " 店 ", "料理と店", "  ":
+        expected = tokenizer(text)["input_ids"]
+        assert distill.encode([[text]], tokenizer, 64)["input_ids"] == [expected]
+
+
+def test_token_budget_batches_takes_rows_without_tokens():
+    batches = [batch.tolist() for batch in distill.token_budget_batches([0, 3, 0, 5], 6)]
+    assert sorted(sum(batches, [])) == [0, 1, 2, 3]
+    assert list(distill.token_budget_batches([0, 0], 6))
+
+
+def test_encode_truncates_fast_tokenizer_as_stock_and_leaves_it_alone(rust):
+    texts = ["the film is " * n for n in range(12)] + [""]
+    expected = rust(texts, truncation=True, max_length=16)["input_ids"]
+    lengths = [len(ids) for ids in rust(texts)["input_ids"]]
+    columns = distill.encode([texts], rust, 16)
+    assert columns["input_ids"] == expected
+    assert columns["truncated"] == [length > 16 for length in lengths]
+    state = str(rust._tokenizer.truncation)
+    distill.encode([texts[:3]], rust, 16)
+    assert str(rust._tokenizer.truncation) == state

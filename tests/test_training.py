@@ -1,8 +1,10 @@
 """Training: optimizer and schedule, early stopping, Ctrl-C, kill and resume."""
 
+import importlib.util
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    MODEL,
+    ROOT,
+    TINY,
     history,
     interrupt_in,
     labelled,
@@ -239,9 +244,10 @@ def test_train_resumed_after_kill_equals_undisturbed(teacher, data):
 def test_start_or_resume_starts_anew_for_other_settings_or_data(teacher, data, run):
     run()
     assert "goes on after epoch" in run()
-    assert "training starts anew" in run("--alpha", "0.6")
+    printed = run("--alpha", "0.6")
+    assert "starts anew" in printed and "checkpoint: ALPHA\n" in printed
     write_csv(data / "val.csv", rows("val", 15))
-    assert "training starts anew" in run("--alpha", "0.6")
+    assert "checkpoint: the data\n" in run("--alpha", "0.6")
 
 
 def test_start_or_resume_reports_warmup_beyond_training(teacher, data, run):
@@ -264,7 +270,7 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
         with settings.context() as changed:
             for name, value in changes.items():
                 changed.setattr(distill, name, value)
-            return distill.training_run_id(trainer)
+            return repr(sorted(distill.training_run_id(trainer).items()))
 
     plain = run_id()
     assert run_id() == plain
@@ -316,3 +322,127 @@ def test_training_run_id_is_the_same_in_another_place(data, run, monkeypatch, op
         moved = [str(Path("there", name).resolve()) if part == name else part for part in moved]
     printed = run(*moved, "--epochs", "2")
     assert "goes on after epoch 2" in printed and labelled(printed)[0] == 0
+
+
+def load_edited(*changes):
+    """distill.py with some of its text replaced, as a module of its own."""
+    source = (ROOT / "distill.py").read_text("utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    Path("edited.py").write_text(source, "utf-8")
+    spec = importlib.util.spec_from_file_location("edited", "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["edited"] = module  # where its classes are looked up
+    spec.loader.exec_module(module)
+    return module
+
+
+NO_KL = "* TEMPERATURE**2\n", "* 0\n"
+DOUBLED = (
+    "logits = self.classifier(self.dropout(self.bert",
+    "logits = 2 * self.classifier(self.dropout(self.bert",
+)
+LAST_STEP = "        trainer.optimizer.zero_grad()\n"
+
+
+def test_training_run_id_holds_the_code(teacher, data, capsys):
+    """An edited loss gives another student; an edited text or OUTPUT gives the finished run."""
+
+    def run(*changes):
+        module = load_edited(*changes)
+        module.main([*TINY, "--epochs", "2"])
+        return capsys.readouterr().out, Path(module.OUTPUT, "model.safetensors").read_bytes()
+
+    _, plain = run()
+    printed, student = run(NO_KL)
+    assert "starts anew" in printed and "checkpoint: the code\n" in printed
+    assert student != plain and labelled(printed)[0] == 0  # the teacher need not run again
+
+    printed, student = run(
+        NO_KL,
+        ('OUTPUT = "./distilled_model"  # folder', 'OUTPUT = "./elsewhere"  # a folder'),
+        (LAST_STEP, f"{LAST_STEP}        # mine\n"),
+        ('    """Return the mean over a batch of ALPHA', '    """My loss: ALPHA'),
+        ("It has its teacher's faults", "It has all of its teacher's faults"),
+        ("SAVE_SECONDS = 60", "SAVE_SECONDS = 61"),
+        ('REPORT_TO = "none"  #', 'REPORT_TO = ("none")  #'),
+    )
+    assert "goes on after epoch 2" in printed and Path("elsewhere/model.safetensors").exists()
+    printed, again = run(NO_KL, ("ALPHA = 0.5  #", "ALPHA = 0.7  #"))
+    assert "checkpoint: ALPHA\n" in printed and again != student
+
+
+def test_training_run_id_is_that_of_the_file_as_it_was_loaded(teacher, data, capsys):
+    module = load_edited()
+    Path("edited.py").write_text("raise SystemExit('edited while it runs')", "utf-8")
+    module.main([*TINY, "--epochs", "1"])
+    load_edited().main([*TINY, "--epochs", "1"])
+    assert "goes on after epoch 1" in capsys.readouterr().out
+
+
+def test_code_of_follows_what_a_function_uses():
+    def code(*changes):
+        return load_edited(*changes).code_of("timed_logits", "BertForSequenceClassification")
+
+    plain = code()
+    assert (
+        code(NO_KL)
+        == plain
+        == code(("TEMPERATURE = 2.0  # softens", "TEMPERATURE = 3.0  # softens"))
+    )
+    edited = code(
+        ("    context = context + value_bias * p_sum\n", "    context = context + value_bias\n")
+    )
+    assert edited != plain
+    other = load_edited().code_of
+    assert other("contextual_vectors") != other("collate")
+
+
+def test_add_soft_labels_runs_edited_teacher_again(teacher, data, capsys):
+    load_edited().main([*TINY, "--epochs", "1"])
+    assert labelled(capsys.readouterr().out)[0] > 0
+    load_edited(DOUBLED).main([*TINY])
+    assert labelled(capsys.readouterr().out)[1] == 0
+    load_edited(DOUBLED).main([*TINY])
+    assert labelled(capsys.readouterr().out)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "content", [{"key": torch.arange(3)}, {}, [1], None, {"logits": torch.ones(2, 3)}]
+)
+def test_load_teacher_outputs_of_another_form_are_made_anew(teacher, data, run, content):
+    run("--epochs", "1")
+    before = MODEL.read_bytes()
+    (path,) = Path(".distill_cache").glob("teacher-*.pt")
+    distill.save_with_checksum(path, content)
+    assert labelled(run("--epochs", "1"))[1] == 0
+    assert MODEL.read_bytes() == before
+
+
+def test_main_puts_settings_back(teacher, data):
+    before = {name: getattr(distill, name) for name in distill.ACCEPTED}
+    distill.main([*TINY, "--epochs", "1", "--output", "./a/"])
+    assert {name: getattr(distill, name) for name in distill.ACCEPTED} == before
+    with pytest.raises(SystemExit):
+        distill.main(["--alpha", "7", "--seed", "3"])
+    assert {name: getattr(distill, name) for name in distill.ACCEPTED} == before
+    assert not distill.COMMAND_LINE_SETTINGS
+
+
+def test_train_accepts_a_method_of_its_own(teacher, data, capsys):
+    """As the docstring of CustomTrainer says: a subclass and one entry."""
+    mine = """class Mine(CustomTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+# METHOD → class of its trainer
+"""
+    module = load_edited(
+        ("# METHOD → class of its trainer\n", mine),
+        ('    "kd": CustomTrainer,\n', '    "kd": CustomTrainer,\n    "mine": Mine,\n'),
+    )
+    module.main([*TINY, "--epochs", "1", "--method", "mine"])
+    assert "student  test" in capsys.readouterr().out
