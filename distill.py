@@ -1810,8 +1810,9 @@ def with_class_names(rows, features):
     for row in rows:
         named = dict(row)
         for name, value in row.items():
-            if isinstance(features[name], datasets.ClassLabel) and value is not None:
-                named[name] = features[name].int2str(value)
+            names = getattr(features[name], "names", None)
+            if names and value is not None:  # -1: none of them
+                named[name] = names[value] if 0 <= value < len(names) else None
         named_rows.append(named)
     return named_rows
 
