@@ -218,7 +218,7 @@ def add_soft_labels(data, teacher, collate_fn):
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
-    code = code_of("timed_logits", "BertForSequenceClassification", "collate")
+    code = code_of("run_teacher", "BertForSequenceClassification", "make_collate_fn")
     teacher_digest = digest(teacher, code)
     # otherwise answers of another teacher, or to other texts, would be cached under these keys
     check_same("teachers, distill.py, or versions of transformers", teacher_digest)
@@ -3185,9 +3185,7 @@ def training_run_id(trainer):
     run_id["the number of epochs"] = trainer.args.num_train_epochs
     run_id["the learning rate"] = trainer.args.learning_rate
     run_id["the code"] = digest(code_of())
-    python = ".".join(platform.python_version_tuple()[:2])
-    versions = f"Python {python}, PyTorch {torch.__version__}, transformers"
-    run_id["the versions"] = f"{versions} {transformers.__version__}"
+    run_id["the versions"] = versions()
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
     check_same("settings, distill.py, or versions of Python, PyTorch or transformers", run_id)
@@ -3213,17 +3211,25 @@ def plain_constants():
     return constants
 
 
+def versions():
+    python = ".".join(platform.python_version_tuple()[:2])
+    libraries = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
+    return f"Python {python}, {libraries}"
+
+
 def code_of(*names):
     """Return the code of these functions, classes and Class.methods, and of what they use by name.
 
     Without names: all code of this file but its constants. The code is a text without comments and
-    docstrings. Constants that are used count by their current value. A method that is called on an
-    object, self.x(), is not followed: name it, too.
+    docstrings, with the versions of the libraries. Constants that are used count by their current
+    value, and functions that another script has put in the place of ours, or into our dicts, by a
+    hash. A method that is called on an object, self.x(), is not followed: name it, too.
     """
     definitions = parse_definitions()
     assert {*names} <= definitions.keys(), names
     constants = plain_constants()
-    code = {}
+    code = {"versions": versions() if names else ""}
+    foreign = []
     remaining = list(names or definitions)
     while remaining:
         name = remaining.pop()
@@ -3236,7 +3242,23 @@ def code_of(*names):
             continue
         code[name], used_names = definitions[name]
         remaining += used_names
+        foreign += replaced_functions(name)
+    if foreign:
+        code["functions of others"] = hash_of(foreign, own_modules())
     return repr(sorted(code.items()))
+
+
+def replaced_functions(name):
+    """Return [(name, function)] if another script has put it under this name, or into this dict."""
+    owner, _, member = name.rpartition(".")
+    holder = vars(globals()[owner]) if owner in globals() else globals()
+    value = holder.get(member or name)
+    functions = [*value.items()] if isinstance(value, dict) else [(name, value)]
+    return [
+        (key, function)
+        for key, function in functions
+        if callable(function) and getattr(function, "__module__", __name__) != __name__
+    ]
 
 
 @functools.cache
@@ -3678,7 +3700,7 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
         )
         return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
-    code = code_of("contextual_vectors", "BertForSequenceClassification", "collate")
+    code = code_of("contextual_vectors", "BertForSequenceClassification", "make_collate_fn")
     vocabulary = sorted(tokenizer.get_vocab().items())
     parts = teacher, n_layers, vocabulary, code, iter_batches(rows, "key")
     vectors = on_main_process(lambda: cached("words", make_vectors, *parts))
@@ -4594,14 +4616,8 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        code = code_of(
-            "MethodTrainer.with_teacher_layers",
-            type(self).make_pooling.__qualname__,
-            "MethodTrainer.is_ordinary",
-            "BertForSequenceClassification",
-            "collate",
-        )
-        path = Path(CACHE, f"layers-{digest(self.teacher, METHOD, code, keys)}.arrow")
+        parts = self.teacher, METHOD, code_of(), versions(), keys
+        path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
         temporary = str(scratch_folder() / path.name)
         if load_with_checksum(f"{path}.sum") != file_digest(path):
             log("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
@@ -4885,7 +4901,7 @@ def make_generator(trainer):
         "MateTrainer.mask",
         "MateTrainer.random_batch",
         "MethodTrainer.is_ordinary",
-        "collate",
+        "make_collate_fn",
     )
     parts = teacher, SEED, trainer.mask_token_id, trainer.special_ids.tolist(), code
     keys = iter_batches(trainer.train_dataset, "key")
@@ -5612,6 +5628,11 @@ def definition_of(teacher, student, terms, collate_fn):
             parts.append((name, type(module), attributes))
         for name, weight in model.named_parameters():  # each shared weight once
             parts.append((name, weight.requires_grad))
+    return hash_of(parts)
+
+
+def hash_of(*parts):
+    """Return a hash of functions, classes and values, or a new one if they cannot be pickled."""
     pickled = io.BytesIO()
     try:
         NamingPickler(pickled, recurse=True).dump(parts)
@@ -5666,7 +5687,13 @@ def is_plain_value(value):
 def code_in_memory(value):
     """Return the code of a function or class, without the numbers of its lines."""
     if isinstance(value, type):
-        return [(name, code_in_memory(member)) for name, member in sorted(vars(value).items())]
+        members = []
+        for name, member in sorted(vars(value).items()):
+            own_name = f"{value.__qualname__}.{name}"
+            if isinstance(member, type) and member.__qualname__ != own_name:
+                continue  # another class; two may name each other
+            members.append((name, code_in_memory(member)))
+        return members
     code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
     if code is None:
         return None

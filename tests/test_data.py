@@ -902,6 +902,16 @@ def test_split_by_column_refuses_missing_split_and_ignores_other_columns(setting
     assert len(load_splits(settings, DATA="all.csv")["test"]) > 0
 
 
+def test_split_by_column_takes_class_label_of_no_class(settings):
+    """-1 is what a saved test set often has for a label that is kept secret."""
+    table = rows("train", 30)
+    one = as_dataset(table).add_column("category", [n % 3 - 1 for n in range(30)])
+    one = one.cast_column("category", datasets.ClassLabel(names=["dev", "test"]))
+    one.save_to_disk("all.saved")
+    found = load_splits(settings, DATA="all.saved")
+    assert sum(map(len, found.values())) == 30
+
+
 def test_warn_if_labels_contradict_names_rows(settings, capsys):
     Path("data").mkdir()
     for split in "train", "val", "test":

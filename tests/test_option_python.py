@@ -430,7 +430,13 @@ terms = [{{"loss": mine}}, {{"loss": theirs}}]
 distill.distill(tiny_model(), Words(), json.load(open("rows.json")), terms)
 """
     script = script.format(root=str(ROOT), tests=str(ROOT / "tests"), words=VOCABULARY)
-    theirs = "def theirs(student, teacher, temperature):\n    return (student - teacher).norm()\n"
+    theirs = """
+class Parent: pass
+class Child: parent = Parent
+Parent.child = Child  # a circle
+def theirs(student, teacher, temperature):
+    return (student - teacher).norm()
+"""
     (tmp_path / "my_losses.py").write_text(theirs, "utf-8")
     (tmp_path / "mine.py").write_text(script, "utf-8")
 

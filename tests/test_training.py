@@ -343,6 +343,7 @@ DOUBLED = (
     "logits = self.classifier(self.dropout(self.bert",
     "logits = 2 * self.classifier(self.dropout(self.bert",
 )
+PAD_ID = "pad_token_id=tokenizer.pad_token_id)"
 LAST_STEP = "        trainer.optimizer.zero_grad()\n"
 
 
@@ -399,13 +400,50 @@ def test_code_of_follows_what_a_function_uses():
     assert other("contextual_vectors") != other("collate")
 
 
-def test_add_soft_labels_runs_edited_teacher_again(teacher, data, capsys):
+STOCK_LOSS = """
+stock = distill.CustomTrainer.compute_loss
+def compute_loss(self, *arguments, **options):
+    loss = stock(self, *arguments, **options)
+    return factor * loss if isinstance(loss, distill.torch.Tensor) else loss
+"""
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        "distill.distillation_loss = lambda logits, *labels: factor * logits.square().mean()",
+        f"{STOCK_LOSS}distill.CustomTrainer.compute_loss = compute_loss",
+        f"""{STOCK_LOSS}
+class Mine(distill.CustomTrainer):
+    compute_loss = compute_loss
+distill.METHODS["kd"] = Mine""",
+    ],
+)
+def test_training_run_id_holds_functions_replaced_by_a_script(teacher, data, capsys, replace):
+    """Whoever imports distill.py may put functions of their own in the place of ours."""
+    students = []
+    for factor, message in (2, ""), (3, "checkpoint: the code\n"), (3, "goes on after epoch 1"):
+        module = load_edited()
+        exec(replace, {"__name__": "__main__", "distill": module, "factor": factor})
+        module.main([*TINY, "--epochs", "1"])
+        assert message in capsys.readouterr().out
+        students.append(MODEL.read_bytes())
+    assert students[0] != students[1] == students[2]
+
+
+def test_add_soft_labels_runs_edited_teacher_again(teacher, data, capsys, settings):
     load_edited().main([*TINY, "--epochs", "1"])
     assert labelled(capsys.readouterr().out)[0] > 0
-    load_edited(DOUBLED).main([*TINY])
+    load_edited(DOUBLED).main([*TINY, "--epochs", "1"])
     assert labelled(capsys.readouterr().out)[1] == 0
-    load_edited(DOUBLED).main([*TINY])
+    load_edited(DOUBLED).main([*TINY, "--epochs", "1"])
     assert labelled(capsys.readouterr().out)[0] == 0
+    module = load_edited(DOUBLED, (PAD_ID, "pad_token_id=0)"))
+    module.main([*TINY, "--epochs", "1"])
+    assert labelled(capsys.readouterr().out)[1] == 0
+    settings.setattr(module.transformers, "__version__", "another")
+    module.main([*TINY, "--epochs", "1"])
+    assert labelled(capsys.readouterr().out)[1] == 0
 
 
 @pytest.mark.parametrize(
