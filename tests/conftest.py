@@ -4,6 +4,7 @@ python -m pytest tests --hypothesis-profile=long  tries 500 inputs of each prope
 """
 
 import csv
+import functools
 import json
 import os
 import re
@@ -221,6 +222,7 @@ def interrupt_in(monkeypatch, epoch, error):
     """From now on the given epoch of training breaks off with `error`, once."""
     train_epoch = distill.train_epoch
 
+    @functools.wraps(train_epoch)  # for the run id, the same function
     def broken(trainer, number):
         if number == epoch:
             monkeypatch.setattr(distill, "train_epoch", train_epoch)

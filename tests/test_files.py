@@ -1,6 +1,7 @@
 """Files and locks: what is replaced and what is not, full disks, and recovery."""
 
 import errno
+import functools
 import json
 import os
 import resource
@@ -272,6 +273,7 @@ def test_save_folder_on_full_disk_keeps_old_result(teacher, data, run, fails, mo
     run("--epochs", "1")
     before = {file.name: file.read_bytes() for file in Path("distilled_model").iterdir()}
 
+    @functools.wraps(distill.plot_losses)  # for the run id, the same function
     def full(*given, **more):
         raise OSError(28, "No space left on device")
 

@@ -1,5 +1,6 @@
 """Teacher: a folder as strangers leave it, its checks, its soft labels and their cache."""
 
+import functools
 import json
 import math
 import os
@@ -623,6 +624,7 @@ def test_add_soft_labels_asks_for_each_text_once_over_runs(teacher, data, run):
 def test_add_soft_labels_resumes_stopped_pass(teacher, data, run, monkeypatch):
     predict, calls = distill.timed_logits, []
 
+    @functools.wraps(predict)  # for the key of the cache, the same function
     def killed(model, loader):
         for answer in predict(model, loader):
             calls.append(len(answer[1]))
