@@ -14,6 +14,7 @@ from conftest import (
     SAMPLE,
     VOCABULARY,
     history,
+    interrupt_in,
     report,
     rows,
     save_generator,
@@ -547,15 +548,8 @@ def test_method_trainer_resumed_equals_undisturbed(teacher, data, run, settings,
     options = "--method", method, "--epochs", "2", "--generator-steps", "2", "--student-steps", "4"
     run(*options)
     whole, lines = MODEL.read_bytes(), history()
-    epoch = distill.train_epoch
-
-    def killed(trainer, number):
-        if number == 2:
-            raise RuntimeError("killed")
-        return epoch(trainer, number)
-
     with settings.context() as patch:
-        patch.setattr(distill, "train_epoch", killed)
+        interrupt_in(patch, 2, RuntimeError("killed"))
         with pytest.raises(RuntimeError):
             run(*options, "--cache", "other")
     assert "goes on after epoch 1" in run(*options, "--cache", "other")
