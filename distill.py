@@ -49,6 +49,7 @@ import site
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -2682,6 +2683,7 @@ MAX_UNKNOWN_SHARE = 0.03  # of a split's tokens; a vocabulary that fits the text
 TEXTS_PER_PROCESS = 100_000  # fewer would not pay for starting another process to tokenize
 TOKENS_PER_BATCH = 2048  # of inference: enough to keep the processor busy, and they fit its cache
 BATCHES_PER_POOL = 16  # batches of training whose texts are sorted by length together
+ONE_THREAD = threading.Lock()  # MeCab answers one thread at a time
 TARGETS = "labels", "soft_labels", "teacher_logits", "teacher_layers"  # inputs of the loss only
 
 
@@ -2790,7 +2792,8 @@ def encode(texts, tokenizer, max_length):
         columns = dict(tokenizer(*rows, verbose=False, **options))
         encode_row = truncating_copy(tokenizer, max_length)
     else:
-        rows = [list(map(make_encoder(tokenizer), column)) for column in texts]
+        with ONE_THREAD:
+            rows = [list(map(make_encoder(tokenizer), column)) for column in texts]
         columns = join_ids(list(zip(*rows, strict=True)), tokenizer, with_types)
         encode_row = tokenizer.prepare_for_model
 

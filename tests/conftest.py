@@ -54,6 +54,7 @@ VOCABULARY = len((SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines()
 LABELS = ("negative", "positive")
 MODEL = Path("distilled_model/model.safetensors")
 DEFAULTS = {name: getattr(distill, name) for name in distill.ACCEPTED}
+SAVE_FIGURE = distill.Figure.savefig
 TINY = "--data data --max-length 32 --epochs 3 --batch-size 8 --warmup-steps 2".split()
 
 
@@ -162,7 +163,15 @@ def settings(monkeypatch, tmp_path):
     for name in distill.ACCEPTED:
         monkeypatch.setattr(distill, name, getattr(distill, name))
     monkeypatch.chdir(tmp_path)
+    # two fifths of the time of so small a run
+    monkeypatch.setattr(distill.Figure, "savefig", lambda figure, path, **more: Path(path).touch())
     return monkeypatch
+
+
+@pytest.fixture
+def draws(settings):
+    """A test that asks for this has its plots drawn."""
+    settings.setattr(distill.Figure, "savefig", SAVE_FIGURE)
 
 
 @pytest.fixture

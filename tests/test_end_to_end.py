@@ -18,7 +18,7 @@ from transformers import BertForSequenceClassification
 import distill
 
 
-def test_run_writes_every_file_the_readme_names(teacher, data, run):
+def test_run_writes_every_file_the_readme_names(teacher, data, run, draws):
     printed = run()
     assert {file.name for file in Path("distilled_model").iterdir()} == {
         "model.safetensors",

@@ -142,7 +142,7 @@ def test_evaluate_cascade_without_known_seconds_has_no_speed():
 # ── In a run ──
 
 
-def test_run_reports_cascade(teacher, data, run, monkeypatch):
+def test_run_reports_cascade(teacher, data, run, monkeypatch, draws):
     answer_with(monkeypatch, lambda label: label)
     printed = run("--cascade-keeps", "1", "--epochs", "1", "--learning-rate", "1e-9")
     cascade = report()["cascade"]

@@ -408,28 +408,6 @@ def test_definition_of_tells_losses_and_models_apart(splits, settings, capsys):
 def test_definition_of_is_the_same_in_another_process(splits, tmp_path):
     """A function counts by its code and what it uses, in the script or in a file beside it."""
     (tmp_path / "rows.json").write_text(json.dumps(splits), "utf-8")
-    script = """
-import json, sys
-sys.path[:0] = [{root!r}, {tests!r}, "."]
-import torch
-import distill
-from conftest import tiny_model
-from my_losses import theirs
-SCALE = 1
-def mine(student, teacher, temperature):
-    return SCALE * (student - teacher).abs().mean()
-class Words(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.bag, self.dropout = torch.nn.EmbeddingBag({words}, 2), torch.nn.Dropout(0.1)
-    def forward(self, input_ids):
-        return self.dropout(self.bag(input_ids))
-distill.EPOCHS, distill.WARMUP_STEPS = 1, 0
-terms = [{{"loss": mine}}, {{"loss": theirs}}]
-distill.distill(tiny_model(), Words(), json.load(open("rows.json")), terms)
-"""
-    script = script.format(root=str(ROOT), tests=str(ROOT / "tests"), words=VOCABULARY)
     theirs = """
 class Parent: pass
 class Child: parent = Parent
@@ -437,23 +415,58 @@ Parent.child = Child  # a circle
 def theirs(student, teacher, temperature):
     return (student - teacher).norm()
 """
+    script = f"""
+import importlib, json, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, "."]
+sys.dont_write_bytecode = True
+import torch
+import distill
+from conftest import tiny_model
+import my_losses
+SCALE = 1
+def mine(student, teacher, temperature):
+    return SCALE * (student - teacher).abs().mean()
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag, self.dropout = torch.nn.EmbeddingBag({VOCABULARY}, 2), torch.nn.Dropout(0.1)
+    def forward(self, input_ids):
+        return self.dropout(self.bag(input_ids))
+def change(find, replacement):
+    with open("my_losses.py") as file:
+        content = file.read()
+    with open("my_losses.py", "w") as file:
+        file.write(content.replace(find, replacement))
+    importlib.invalidate_caches()
+    importlib.reload(my_losses)
+distill.EPOCHS, distill.WARMUP_STEPS = 1, 0
+for step in sys.argv[1:]:
+    print("step", flush=True)
+    exec(step)
+    student = Words()
+    if step == "pass # dropout":
+        student.dropout.p = 0.2
+    terms = [{{"loss": mine}}, {{"loss": my_losses.theirs}}]
+    distill.distill(tiny_model(), student, json.load(open("rows.json")), terms)
+"""
     (tmp_path / "my_losses.py").write_text(theirs, "utf-8")
     (tmp_path / "mine.py").write_text(script, "utf-8")
 
-    def resumes():
-        command = [sys.executable, "mine.py"]
+    def resumes(*steps):
+        command = [sys.executable, "mine.py", *steps]
         done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-        return "goes on after epoch 1" in done.stdout
+        return ["goes on after epoch 1" in part for part in done.stdout.split("step\n")[1:]]
 
-    assert [resumes(), resumes()] == [False, True]
-    (tmp_path / "mine.py").write_text(script.replace("SCALE = 1", "SCALE = 2"), "utf-8")
-    assert not resumes()
-    (tmp_path / "mine.py").write_text(script.replace("Dropout(0.1)", "Dropout(0.2)"), "utf-8")
-    assert not resumes()
-    (tmp_path / "my_losses.py").write_text(theirs.replace("norm()", "norm() ** 2"), "utf-8")
-    assert not resumes()
-    (tmp_path / "my_losses.py").write_text("# the same\n" + theirs.replace("norm()", "norm() ** 2"))
-    assert resumes()
+    assert resumes("pass") == [False]
+    steps = [
+        ("pass", True),
+        ("SCALE = 2", False),
+        ("pass # dropout", False),
+        ("change('norm()', 'norm() ** 2')", False),
+        ("change('def', '# the same\\n\\n\\ndef')", True),
+    ]
+    assert resumes(*(step for step, _ in steps)) == [expected for _, expected in steps]
 
 
 def test_definition_of_without_a_hash_never_resumes(splits, capsys):

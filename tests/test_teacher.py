@@ -245,7 +245,9 @@ def test_base_with_tokenizer_is_none_where_config_names_none(data, fails, base):
     assert "holds no tokenizer" in fails()
 
 
-def test_base_with_tokenizer_is_hub_name_and_no_network_is_said(data, fails):
+def test_base_with_tokenizer_is_hub_name_and_no_network_is_said(data, fails, monkeypatch):
+    # without it, the library would try for a minute
+    monkeypatch.setattr(distill.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = save_model(Path("finetuned_bert_japanese"), tokenizer=False)
     edit_config(folder, _name_or_path="someone/bert-base-japanese")
     message = fails()
