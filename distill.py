@@ -3245,9 +3245,16 @@ def code_of(*names):
             continue
         code[name], used_names = definitions[name]
         remaining += used_names
+        remaining += [other for other in definitions if other.startswith(f"{name}.")]
         foreign += replaced_functions(name)
+        if isinstance(globals().get(name), dict):  # a script may have changed it
+            members = globals()[name].items()
+            code[name] += repr([(key, getattr(part, "__qualname__", "")) for key, part in members])
+    beside = own_modules(beside=Path(__file__).resolve().parent)  # what this file may import
     if foreign:
         code["functions of others"] = hash_of(foreign, own_modules())
+    elif beside:
+        code["files beside"] = hash_of(beside)
     return repr(sorted(code.items()))
 
 
@@ -3256,7 +3263,11 @@ def replaced_functions(name):
     owner, _, member = name.rpartition(".")
     holder = vars(globals()[owner]) if owner in globals() else globals()
     value = holder.get(member or name)
-    functions = [*value.items()] if isinstance(value, dict) else [(name, value)]
+    functions = [(name, value)]
+    if isinstance(value, dict):
+        functions += value.items()
+    elif isinstance(value, type):
+        functions += [(key, part) for key, part in vars(value).items() if inspect.isfunction(part)]
     return [
         (key, function)
         for key, function in functions
@@ -3269,8 +3280,8 @@ def parse_definitions():
     """Return {name: (its syntax tree as text, the names in it)} for what this file defines."""
     definitions = {}
     for statement in ast.parse(SOURCE).body:
-        if isinstance(statement, ast.Expr):  # the docstring of the file
-            continue
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # the docstring of the file
         for node in ast.walk(statement):
             can_have_docstring = isinstance(node, ast.FunctionDef | ast.ClassDef)
             if can_have_docstring and ast.get_docstring(node) is not None:
@@ -3289,7 +3300,8 @@ def parse_definitions():
                     named[f"{statement.name}.{method.name}"] = method
         for name, node in named.items():
             used_names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-            definitions[name] = ast.dump(node), sorted(used_names)
+            code, more_names = definitions.get(name, ("", []))  # a name may be defined twice
+            definitions[name] = code + ast.dump(node), sorted({*used_names, *more_names})
     return definitions
 
 
@@ -5652,8 +5664,10 @@ class NamingPickler(Pickler):
         return value.__name__ if isinstance(value, ModuleType) else None
 
 
-def own_modules():
+def own_modules(beside=None):
     """Return what the imported modules hold that belong to no installed package.
+
+    beside: a folder; only modules whose file is in it.
 
     It is what is in memory, as their files may have been edited since: [(module, {name: value})],
     with the code of functions and classes, and the values of constants.
@@ -5666,6 +5680,8 @@ def own_modules():
         is_installed = any(path.startswith(folder + os.sep) for folder in installed)
         is_script = module is sys.modules["__main__"] or name == __name__
         if is_installed or is_script or not path.endswith(".py"):
+            continue
+        if beside and Path(path).resolve().parent != beside:
             continue
         values = {}
         for key, value in vars(module).items():

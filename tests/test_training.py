@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -429,6 +430,47 @@ def test_training_run_id_holds_functions_replaced_by_a_script(teacher, data, cap
         assert message in capsys.readouterr().out
         students.append(MODEL.read_bytes())
     assert students[0] != students[1] == students[2]
+
+
+MAIN = '\nif __name__ == "__main__":'
+COMBINE = "def combine_with_cross_entropy("
+USE_THEIRS = [
+    ("import argparse\n", "import argparse\nimport my_losses\n"),
+    (
+        "    return combine_with_cross_entropy(kl,",
+        "    return my_losses.factor() * kl.mean()\n    (",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ([], [(MAIN, f"\nMETHODS.update(kd=LogitTrainer)\n{MAIN}")]),
+        ([], [(MAIN, f"\nCustomTrainer.compute_loss = LogitTrainer.compute_loss\n{MAIN}")]),
+        (
+            [(COMBINE, f"distillation_loss = functools.partial(distillation_loss)\n\n{COMBINE}")],
+            [NO_KL],
+        ),
+        (USE_THEIRS, None),  # another my_losses.py
+    ],
+)
+def test_training_run_id_holds_every_statement_and_files_beside(
+    teacher, data, capsys, monkeypatch, before, after
+):
+    monkeypatch.syspath_prepend(".")
+    students = []
+    for changes, factor in (before, 2), ([*before, *(after or [])], 2 if after is not None else 3):
+        Path("my_losses.py").write_text(f"def factor():\n    return {factor}\n", "utf-8")
+        sys.modules.pop("my_losses", None)
+        importlib.invalidate_caches()
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        load_edited(*changes).main([*TINY, "--epochs", "1"])
+        students.append(MODEL.read_bytes())
+        printed = capsys.readouterr().out
+    assert "checkpoint: the code\n" in printed and students[0] != students[1]
+    load_edited(*changes).main([*TINY, "--epochs", "1"])
+    assert "goes on after epoch 1" in capsys.readouterr().out
 
 
 def test_add_soft_labels_runs_edited_teacher_again(teacher, data, capsys, settings):
