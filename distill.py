@@ -58,6 +58,9 @@ from datetime import timedelta
 from pathlib import Path
 from types import CodeType, ModuleType
 
+# what runs, read before the slow imports: the file may be edited while it runs
+SOURCE = Path(__file__).read_text("utf-8")
+
 if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse message)
     sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
 
@@ -222,7 +225,9 @@ def add_soft_labels(data, teacher, collate_fn):
     code = code_of("run_teacher", "BertForSequenceClassification", "make_collate_fn")
     teacher_digest = digest(teacher, code)
     # otherwise answers of another teacher, or to other texts, would be cached under these keys
-    check_same("teachers, distill.py, or versions of transformers", teacher_digest)
+    check_same(
+        "teachers, distill.py, or versions of Python, PyTorch or transformers", teacher_digest
+    )
     for split, rows in data.items():
         check_same(f"texts or tokenizers (seen in {split})", iter_batches(rows, "key"))
     cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights and code
@@ -3116,8 +3121,8 @@ def warn_if_timed_on_other_hardware(outputs, path):
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
-# what training does not depend on: settings of what comes after it, texts that only describe, and
-# PATH_SETTINGS
+# what training does not depend on: settings of what comes after it, and texts that only describe
+# (PATH_SETTINGS are left out, too)
 NOT_IN_RUN_ID = (
     "REPORT_TO",
     "EXPORT",
@@ -3130,7 +3135,6 @@ NOT_IN_RUN_ID = (
     "CACHE_MARK",
     "SOURCE",
 )
-SOURCE = Path(__file__).read_text("utf-8")  # as it was loaded: the file may be edited during a run
 
 
 def make_trainer(
@@ -3187,8 +3191,7 @@ def training_run_id(trainer):
             run_id[name] = repr(value)
     run_id["the number of epochs"] = trainer.args.num_train_epochs
     run_id["the learning rate"] = trainer.args.learning_rate
-    run_id["the code"] = digest(code_of())
-    run_id["the versions"] = versions()
+    run_id["the code, or the versions of Python, PyTorch or transformers"] = digest(code_of())
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
     check_same("settings, distill.py, or versions of Python, PyTorch or transformers", run_id)
@@ -3223,21 +3226,23 @@ def versions():
 def code_of(*names):
     """Return the code of these functions, classes and Class.methods, and of what they use by name.
 
-    Without names: all code of this file but its constants. The code is a text without comments and
-    docstrings, with the versions of the libraries. Constants that are used count by their current
-    value, and functions that another script has put in the place of ours, or into our dicts, by a
-    hash. A method that is called on an object, self.x(), is not followed: name it, too.
+    It is a text without comments and docstrings, with the versions of the libraries and the current
+    values of the constants that are used. A method that is called on an object, self.x(), is not
+    followed: name it, too. Functions that another script has put in the place of ours, or into our
+    dicts and classes, count by a hash; one that functools.wraps has made like ours does not.
+
+    Without names: all code of this file but its constants, and the files beside it that it imports.
     """
     definitions = parse_definitions()
     assert {*names} <= definitions.keys(), names
     constants = plain_constants()
-    code = {"versions": versions() if names else ""}
+    code = {"versions": versions()}
     foreign = []
     remaining = list(names or definitions)
     while remaining:
         name = remaining.pop()
-        is_known = name in definitions and name != "code_of"
-        if name in code or not is_known:
+        # code_of itself mentions all settings; those that call it do not depend on them
+        if name in code or name not in definitions or name == "code_of":
             continue
         if name in constants:
             if names and name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
@@ -3250,12 +3255,22 @@ def code_of(*names):
         if isinstance(globals().get(name), dict):  # a script may have changed it
             members = globals()[name].items()
             code[name] += repr([(key, getattr(part, "__qualname__", "")) for key, part in members])
-    beside = own_modules(beside=Path(__file__).resolve().parent)  # what this file may import
     if foreign:
         code["functions of others"] = hash_of(foreign, own_modules())
-    elif beside:
-        code["files beside"] = hash_of(beside)
+    if not names:
+        code["files beside"] = repr([file_digest(path) for path in imported_files_beside()])
     return repr(sorted(code.items()))
+
+
+def imported_files_beside():
+    """Return the files in the folder of distill.py that were imported as modules."""
+    files = set()
+    for name, module in [*sys.modules.items()]:
+        path = Path(getattr(module, "__file__", None) or "").resolve()
+        is_beside = path.parent == Path(__file__).resolve().parent
+        if is_beside and name not in ("__main__", __name__):
+            files.add(path)
+    return sorted(files)
 
 
 def replaced_functions(name):
@@ -3292,6 +3307,8 @@ def parse_definitions():
             named[statement.name] = statement
         elif isinstance(statement, ast.Assign):
             named[ast.unparse(statement.targets[0])] = statement
+        elif isinstance(statement, ast.AnnAssign):
+            named[ast.unparse(statement.target)] = statement
         else:  # an import, say
             named[ast.dump(statement)] = statement
         if isinstance(statement, ast.ClassDef):
@@ -3331,7 +3348,7 @@ def start_or_resume(trainer, checkpoint_path, run_id):
     checkpoint = on_main_process(lambda: load_with_checksum(checkpoint_path))
     if checkpoint is not None and checkpoint.get("run_id") != run_id:
         saved_id = checkpoint["run_id"] if isinstance(checkpoint.get("run_id"), dict) else {}
-        different = [name for name in run_id if saved_id.get(name) != run_id[name]]
+        different = [key for key in run_id | saved_id if saved_id.get(key) != run_id.get(key)]
         log(
             "training",
             f"starts anew; changed since the last checkpoint: {short_list(different)}",
@@ -3717,7 +3734,8 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
 
     code = code_of("contextual_vectors", "BertForSequenceClassification", "make_collate_fn")
     vocabulary = sorted(tokenizer.get_vocab().items())
-    parts = teacher, n_layers, vocabulary, code, iter_batches(rows, "key")
+    special_ids = sorted(tokenizer.all_special_ids), tokenizer("")["input_ids"]
+    parts = teacher, n_layers, vocabulary, special_ids, code, iter_batches(rows, "key")
     vectors = on_main_process(lambda: cached("words", make_vectors, *parts))
     student.get_input_embeddings().weight.copy_(vectors)
 
@@ -4631,7 +4649,7 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        parts = self.teacher, METHOD, code_of(), versions(), keys
+        parts = self.teacher, METHOD, self.special_ids.tolist(), code_of(), keys
         path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
         temporary = str(scratch_folder() / path.name)
         if load_with_checksum(f"{path}.sum") != file_digest(path):
@@ -5664,10 +5682,8 @@ class NamingPickler(Pickler):
         return value.__name__ if isinstance(value, ModuleType) else None
 
 
-def own_modules(beside=None):
+def own_modules():
     """Return what the imported modules hold that belong to no installed package.
-
-    beside: a folder; only modules whose file is in it.
 
     It is what is in memory, as their files may have been edited since: [(module, {name: value})],
     with the code of functions and classes, and the values of constants.
@@ -5680,8 +5696,6 @@ def own_modules(beside=None):
         is_installed = any(path.startswith(folder + os.sep) for folder in installed)
         is_script = module is sys.modules["__main__"] or name == __name__
         if is_installed or is_script or not path.endswith(".py"):
-            continue
-        if beside and Path(path).resolve().parent != beside:
             continue
         values = {}
         for key, value in vars(module).items():
@@ -5696,11 +5710,13 @@ def own_modules(beside=None):
 
 def is_plain_value(value):
     """Whether a value is a number, a text or None, or consists of them."""
-    if isinstance(value, dict):
-        return all(map(is_plain_value, [*value, *value.values()]))
-    if isinstance(value, tuple | list | set | frozenset):
-        return all(map(is_plain_value, value))
-    return isinstance(value, str | bytes | int | float | None)
+    with contextlib.suppress(RecursionError):  # of a value that holds itself
+        if isinstance(value, dict):
+            return all(map(is_plain_value, [*value, *value.values()]))
+        if isinstance(value, tuple | list | set | frozenset):
+            return all(map(is_plain_value, value))
+        return isinstance(value, str | bytes | int | float | None)
+    return False
 
 
 def code_in_memory(value):

@@ -412,6 +412,8 @@ def test_definition_of_is_the_same_in_another_process(splits, tmp_path):
 class Parent: pass
 class Child: parent = Parent
 Parent.child = Child  # a circle
+itself = {}
+itself["me"] = itself
 def theirs(student, teacher, temperature):
     return (student - teacher).norm()
 """

@@ -177,3 +177,10 @@ def test_refit_word_vectors_runs_once_and_where_it_can(teacher, data, run):
     )
     assert note not in run("--refit-words", "0") and note not in run("--student-init", "random")
     assert "its first 3 layers" in run("--refit-words", "7")  # of a teacher that has no more
+
+    # the same ids of the texts, but one of the words is read by itself no longer
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["。"]})
+    tokenizer.save_pretrained(teacher)
+    printed = run()
+    assert note in printed and "labelled 0 texts" in printed

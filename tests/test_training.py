@@ -358,7 +358,7 @@ def test_training_run_id_holds_the_code(teacher, data, capsys):
 
     _, plain = run()
     printed, student = run(NO_KL)
-    assert "starts anew" in printed and "checkpoint: the code\n" in printed
+    assert "starts anew" in printed and "checkpoint: the code, or" in printed
     assert student != plain and labelled(printed)[0] == 0  # the teacher need not run again
 
     printed, student = run(
@@ -383,6 +383,17 @@ def test_training_run_id_is_that_of_the_file_as_it_was_loaded(teacher, data, cap
     assert "goes on after epoch 1" in capsys.readouterr().out
 
 
+def test_source_is_read_before_the_slow_imports():
+    saved = "    import filelock\n", "    import filelock\n\n    Path(__file__).write_text('0')\n"
+    assert "def main(" in load_edited(saved).SOURCE
+
+
+def test_start_or_resume_names_constant_that_was_removed(teacher, data, capsys):
+    load_edited(("SEED = 42  #", "UNUSED = 1\nSEED = 42  #")).main([*TINY, "--epochs", "1"])
+    load_edited().main([*TINY, "--epochs", "1"])
+    assert "checkpoint: UNUSED" in capsys.readouterr().out
+
+
 def test_code_of_follows_what_a_function_uses():
     def code(*changes):
         return load_edited(*changes).code_of("timed_logits", "BertForSequenceClassification")
@@ -399,6 +410,10 @@ def test_code_of_follows_what_a_function_uses():
     assert edited != plain
     other = load_edited().code_of
     assert other("contextual_vectors") != other("collate")
+    annotated = "TOKENS_PER_BATCH: int = 64"
+    assert load_edited(("TOKENS_PER_BATCH = 2048", annotated)).code_of("inference_loader") != (
+        other("inference_loader")
+    )
 
 
 STOCK_LOSS = """
@@ -423,7 +438,7 @@ distill.METHODS["kd"] = Mine""",
 def test_training_run_id_holds_functions_replaced_by_a_script(teacher, data, capsys, replace):
     """Whoever imports distill.py may put functions of their own in the place of ours."""
     students = []
-    for factor, message in (2, ""), (3, "checkpoint: the code\n"), (3, "goes on after epoch 1"):
+    for factor, message in (2, ""), (3, "checkpoint: the code, or"), (3, "goes on after epoch 1"):
         module = load_edited()
         exec(replace, {"__name__": "__main__", "distill": module, "factor": factor})
         module.main([*TINY, "--epochs", "1"])
@@ -468,7 +483,7 @@ def test_training_run_id_holds_every_statement_and_files_beside(
         load_edited(*changes).main([*TINY, "--epochs", "1"])
         students.append(MODEL.read_bytes())
         printed = capsys.readouterr().out
-    assert "checkpoint: the code\n" in printed and students[0] != students[1]
+    assert "checkpoint: the code, or" in printed and students[0] != students[1]
     load_edited(*changes).main([*TINY, "--epochs", "1"])
     assert "goes on after epoch 1" in capsys.readouterr().out
 
