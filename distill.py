@@ -56,7 +56,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 # what runs, read before the slow imports: the file may be edited while it runs
 SOURCE = Path(__file__).read_text("utf-8")
@@ -3134,6 +3134,7 @@ NOT_IN_RUN_ID = (
     "REPORT_FILES",
     "CACHE_MARK",
     "SOURCE",
+    "COMMAND_LINE_SETTINGS",
 )
 
 
@@ -3229,34 +3230,34 @@ def code_of(*names):
     It is a text without comments and docstrings, with the versions of the libraries and the current
     values of the constants that are used. A method that is called on an object, self.x(), is not
     followed: name it, too. Functions that another script has put in the place of ours, or into our
-    dicts and classes, count by a hash; one that functools.wraps has made like ours does not.
+    dicts and classes, count by a hash.
 
     Without names: all code of this file but its constants, and the files beside it that it imports.
     """
     definitions = parse_definitions()
     assert {*names} <= definitions.keys(), names
-    constants = plain_constants()
+    constants, replaced = plain_constants(), replaced_objects()
     code = {"versions": versions()}
     foreign = []
+    # code_of mentions all settings; those that call it do not depend on them
+    seen = {"code_of", "AS_WRITTEN", *NOT_IN_RUN_ID, *PATH_SETTINGS}
     remaining = list(names or definitions)
     while remaining:
         name = remaining.pop()
-        # code_of itself mentions all settings; those that call it do not depend on them
-        if name in code or name not in definitions or name == "code_of":
+        if name in seen:
             continue
+        seen.add(name)
+        foreign += [item for item in replaced.items() if name in (item[0], item[0].split(".")[0])]
         if name in constants:
-            if names and name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
+            if names:
                 code[name] = repr(constants[name])
-            continue
-        code[name], used_names = definitions[name]
-        remaining += used_names
-        remaining += [other for other in definitions if other.startswith(f"{name}.")]
-        foreign += replaced_functions(name)
-        if isinstance(globals().get(name), dict):  # a script may have changed it
-            members = globals()[name].items()
-            code[name] += repr([(key, getattr(part, "__qualname__", "")) for key, part in members])
+        elif name in definitions:
+            code[name], used_names = definitions[name]
+            code[name] += value_text(globals().get(name))
+            remaining += used_names
+            remaining += [other for other in definitions if other.startswith(f"{name}.")]
     if foreign:
-        code["functions of others"] = hash_of(foreign, own_modules())
+        code["functions of others"] = hash_of(*map(pickled_by_code, foreign), own_modules())
     if not names:
         code["files beside"] = repr([file_digest(path) for path in imported_files_beside()])
     return repr(sorted(code.items()))
@@ -3273,21 +3274,43 @@ def imported_files_beside():
     return sorted(files)
 
 
-def replaced_functions(name):
-    """Return [(name, function)] if another script has put it under this name, or into this dict."""
-    owner, _, member = name.rpartition(".")
-    holder = vars(globals()[owner]) if owner in globals() else globals()
-    value = holder.get(member or name)
-    functions = [(name, value)]
+def value_text(value):
+    """Return a text for a constant, which the file may have computed or a script changed."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return digest(value)
     if isinstance(value, dict):
-        functions += value.items()
-    elif isinstance(value, type):
-        functions += [(key, part) for key, part in vars(value).items() if inspect.isfunction(part)]
-    return [
-        (key, function)
-        for key, function in functions
-        if callable(function) and getattr(function, "__module__", __name__) != __name__
-    ]
+        return repr([(key, value_text(part)) for key, part in value.items()])
+    if isinstance(value, set | frozenset):  # the order differs from one process to the next
+        return repr(sorted(map(value_text, value)))
+    return repr(value) if is_plain_value(value) else ""
+
+
+def named_objects():
+    """Return {name: object} for the names of this file and what its classes and dicts hold."""
+    objects = {name: value for name, value in globals().items() if name != "AS_WRITTEN"}
+    for name, value in [*objects.items()]:
+        is_own_class = isinstance(value, type) and value.__module__ == __name__
+        members = vars(value) if is_own_class else value if isinstance(value, dict) else {}
+        objects |= {f"{name}.{key}": member for key, member in members.items()}
+    return objects
+
+
+def replaced_objects():
+    """Return {name: object} for the functions and classes that a script has put in here since."""
+    return {
+        name: value
+        for name, value in named_objects().items()
+        if callable(value) and AS_WRITTEN.get(name) is not value
+    }
+
+
+def pickled_by_code(item):
+    """Return (name, function) with a function that is pickled by its code, not by its name."""
+    name, value = item
+    if not inspect.isfunction(value):
+        return item
+    parts = value.__globals__, "replacement", value.__defaults__, value.__closure__
+    return name, FunctionType(value.__code__, *parts)
 
 
 @functools.cache
@@ -5676,17 +5699,22 @@ def hash_of(*parts):
 
 
 class NamingPickler(Pickler):
-    """The pickler by which datasets hashes functions, but of a module it takes the name alone."""
+    """The pickler by which datasets hashes functions; of modules it takes the name alone.
+
+    The order of a set differs from one process to the next: it is sorted.
+    """
 
     def persistent_id(self, value):
+        if isinstance(value, set | frozenset):
+            return "set", *sorted(map(repr, value))
         return value.__name__ if isinstance(value, ModuleType) else None
 
 
 def own_modules():
     """Return what the imported modules hold that belong to no installed package.
 
-    It is what is in memory, as their files may have been edited since: [(module, {name: value})],
-    with the code of functions and classes, and the values of constants.
+    It is what is in memory, as their files may have been edited since, and the files themselves:
+    [(module, {name: code or value}, hash of the file)].
     """
     keys = "stdlib", "platstdlib", "purelib", "platlib"
     installed = {sysconfig.get_path(key) for key in keys} | {site.getusersitepackages()}
@@ -5701,10 +5729,10 @@ def own_modules():
         for key, value in vars(module).items():
             if getattr(value, "__module__", None) == name:
                 values[key] = code_in_memory(value)
-            elif is_plain_value(value):
+            elif isinstance(value, torch.Tensor | np.ndarray) or is_plain_value(value):
                 values[key] = value
         values = {key: value for key, value in values.items() if not key.startswith("__")}
-        contents.append((name, values))
+        contents.append((name, values, file_digest(path)))
     return contents
 
 
@@ -6881,6 +6909,8 @@ def run_locked():
         run()
         remove_scratch_folder()
 
+
+AS_WRITTEN = named_objects()
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,6 @@ python -m pytest tests --hypothesis-profile=long  tries 500 inputs of each prope
 """
 
 import csv
-import functools
 import json
 import os
 import re
@@ -227,19 +226,24 @@ def script(*more):
     return [sys.executable, str(ROOT / "distill.py"), *TINY, *more]
 
 
+def stand_in(monkeypatch, name, function):
+    """Put a function in the place of distill's own; for run ids and caches it is the same."""
+    monkeypatch.setattr(distill, name, function)
+    monkeypatch.setitem(distill.AS_WRITTEN, name, function)
+
+
 def interrupt_in(monkeypatch, epoch, error):
     """From now on the given epoch of training breaks off with `error`, once."""
     train_epoch = distill.train_epoch
 
-    @functools.wraps(train_epoch)  # for the run id, the same function
     def broken(trainer, number):
         if number == epoch:
-            monkeypatch.setattr(distill, "train_epoch", train_epoch)
+            stand_in(monkeypatch, "train_epoch", train_epoch)
             train_epoch(trainer, number)  # the weights have moved on
             raise error
         return train_epoch(trainer, number)
 
-    monkeypatch.setattr(distill, "train_epoch", broken)
+    stand_in(monkeypatch, "train_epoch", broken)
 
 
 def answer_with(monkeypatch, answer):

@@ -1,7 +1,6 @@
 """Files and locks: what is replaced and what is not, full disks, and recovery."""
 
 import errno
-import functools
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ from pathlib import Path
 import fault_drill
 import pytest
 import torch
-from conftest import MODEL, ROOT, TINY, history, labelled, save_model
+from conftest import MODEL, ROOT, TINY, history, labelled, save_model, stand_in
 
 import distill
 
@@ -273,12 +272,11 @@ def test_save_folder_on_full_disk_keeps_old_result(teacher, data, run, fails, mo
     run("--epochs", "1")
     before = {file.name: file.read_bytes() for file in Path("distilled_model").iterdir()}
 
-    @functools.wraps(distill.plot_losses)  # for the run id, the same function
     def full(*given, **more):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "plot_losses", full)
+        stand_in(patch, "plot_losses", full)
         assert "No space left on device. What was saved before is still there" in fails(
             "--alpha", "1.0"
         )

@@ -1,6 +1,5 @@
 """Teacher: a folder as strangers leave it, its checks, its soft labels and their cache."""
 
-import functools
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from conftest import (
     rows,
     save_model,
     script,
+    stand_in,
     tiny_model,
     write_csv,
 )
@@ -626,7 +626,6 @@ def test_add_soft_labels_asks_for_each_text_once_over_runs(teacher, data, run):
 def test_add_soft_labels_resumes_stopped_pass(teacher, data, run, monkeypatch):
     predict, calls = distill.timed_logits, []
 
-    @functools.wraps(predict)  # for the key of the cache, the same function
     def killed(model, loader):
         for answer in predict(model, loader):
             calls.append(len(answer[1]))
@@ -634,11 +633,11 @@ def test_add_soft_labels_resumes_stopped_pass(teacher, data, run, monkeypatch):
                 raise RuntimeError("killed")
             yield answer
 
-    monkeypatch.setattr(distill, "timed_logits", killed)
+    stand_in(monkeypatch, "timed_logits", killed)
     monkeypatch.setattr(distill, "TOKENS_PER_BATCH", 200)
     with pytest.raises(RuntimeError):
         run()
-    monkeypatch.setattr(distill, "timed_logits", predict)
+    stand_in(monkeypatch, "timed_logits", predict)
     done = sum(calls[1:3])  # the first is the warm-up, the fourth came to nothing
     assert 0 < done < 80 and labelled(run()) == (80 - done, done)
 

@@ -430,6 +430,8 @@ def compute_loss(self, *arguments, **options):
         "distill.distillation_loss = lambda logits, *labels: factor * logits.square().mean()",
         f"{STOCK_LOSS}distill.CustomTrainer.compute_loss = compute_loss",
         f"""{STOCK_LOSS}
+distill.CustomTrainer.compute_loss = distill.functools.wraps(stock)(compute_loss)""",
+        f"""{STOCK_LOSS}
 class Mine(distill.CustomTrainer):
     compute_loss = compute_loss
 distill.METHODS["kd"] = Mine""",
@@ -445,6 +447,27 @@ def test_training_run_id_holds_functions_replaced_by_a_script(teacher, data, cap
         assert message in capsys.readouterr().out
         students.append(MODEL.read_bytes())
     assert students[0] != students[1] == students[2]
+
+
+@pytest.mark.parametrize("name", ["EarlyStoppingCallback", "Trainer", "LogitTrainer.compute_loss"])
+def test_replaced_objects_counts_imported_classes_and_methods(name):
+    module = load_edited()
+    before = module.code_of()
+    assert not module.replaced_objects()
+    owner, _, member = name.rpartition(".")
+    setattr(getattr(module, owner) if owner else module, member, print)
+    assert [*module.replaced_objects()] == [name] and module.code_of() != before
+
+
+@pytest.mark.parametrize("function", ["torch.tensor", "list", "dict"])
+def test_code_of_holds_constants_that_are_read_from_a_file(teacher, data, function):
+    find = "SEED = 42  #"
+    changed = f'MINE = {function}(ast.literal_eval(Path("mine.txt").read_text()))\n{find}'
+    codes = []
+    for number in 1, 2, 2:
+        Path("mine.txt").write_text(f"((1, 2), (3, {number}))")
+        codes.append(load_edited((find, changed)).code_of())
+    assert codes[0] != codes[1] == codes[2]
 
 
 MAIN = '\nif __name__ == "__main__":'
