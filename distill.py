@@ -2688,7 +2688,7 @@ MAX_UNKNOWN_SHARE = 0.03  # of a split's tokens; a vocabulary that fits the text
 TEXTS_PER_PROCESS = 100_000  # fewer would not pay for starting another process to tokenize
 TOKENS_PER_BATCH = 2048  # of inference: enough to keep the processor busy, and they fit its cache
 BATCHES_PER_POOL = 16  # batches of training whose texts are sorted by length together
-ONE_THREAD = threading.Lock()  # MeCab answers one thread at a time
+MECAB_LOCK = threading.Lock()  # MeCab answers one thread at a time
 TARGETS = "labels", "soft_labels", "teacher_logits", "teacher_layers"  # inputs of the loss only
 
 
@@ -2797,7 +2797,7 @@ def encode(texts, tokenizer, max_length):
         columns = dict(tokenizer(*rows, verbose=False, **options))
         encode_row = truncating_copy(tokenizer, max_length)
     else:
-        with ONE_THREAD:
+        with MECAB_LOCK:
             rows = [list(map(make_encoder(tokenizer), column)) for column in texts]
         columns = join_ids(list(zip(*rows, strict=True)), tokenizer, with_types)
         encode_row = tokenizer.prepare_for_model
@@ -3121,8 +3121,8 @@ def warn_if_timed_on_other_hardware(outputs, path):
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
-# what training does not depend on: settings of what comes after it, and texts that only describe
-# (PATH_SETTINGS are left out, too)
+# what training does not depend on: settings of what comes after it, texts that only describe, and
+# what records the command line (PATH_SETTINGS are left out, too)
 NOT_IN_RUN_ID = (
     "REPORT_TO",
     "EXPORT",
@@ -3192,7 +3192,8 @@ def training_run_id(trainer):
             run_id[name] = repr(value)
     run_id["the number of epochs"] = trainer.args.num_train_epochs
     run_id["the learning rate"] = trainer.args.learning_rate
-    run_id["the code, or the versions of Python, PyTorch or transformers"] = digest(code_of())
+    run_id["the code"] = digest(code_of())
+    run_id["the versions"] = versions()
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
     check_same("settings, distill.py, or versions of Python, PyTorch or transformers", run_id)
@@ -3227,90 +3228,73 @@ def versions():
 def code_of(*names):
     """Return the code of these functions, classes and Class.methods, and of what they use by name.
 
-    It is a text without comments and docstrings, with the versions of the libraries and the current
-    values of the constants that are used. A method that is called on an object, self.x(), is not
-    followed: name it, too. Functions that another script has put in the place of ours, or into our
-    dicts and classes, count by a hash.
+    It is a text: syntax trees without comments and docstrings, the values of the constants that are
+    used, the versions of the libraries, and hashes of the modules that belong to no installed
+    package and of what a script has put in the place of ours. A method that is called on an object,
+    self.x(), is not followed: name it, too.
 
-    Without names: all code of this file but its constants, and the files beside it that it imports.
+    Without names: all code of this file, without the settings and the versions.
     """
     definitions = parse_definitions()
     assert {*names} <= definitions.keys(), names
-    constants, replaced = plain_constants(), replaced_objects()
-    code = {"versions": versions()}
-    foreign = []
-    # code_of mentions all settings; those that call it do not depend on them
-    seen = {"code_of", "AS_WRITTEN", *NOT_IN_RUN_ID, *PATH_SETTINGS}
+    settings = plain_constants()
+    code = {"versions": versions()} if names else {}
+    # never part of the code; code_of mentions every setting, but what calls it depends on none
+    ignored = {"code_of", "ORIGINAL_OBJECTS", *NOT_IN_RUN_ID, *PATH_SETTINGS}
+    used = set()
     remaining = list(names or definitions)
     while remaining:
         name = remaining.pop()
-        if name in seen:
+        if name in used | ignored:
             continue
-        seen.add(name)
-        foreign += [item for item in replaced.items() if name in (item[0], item[0].split(".")[0])]
-        if name in constants:
-            if names:
-                code[name] = repr(constants[name])
-        elif name in definitions:
+        used.add(name)
+        if name in definitions and name not in settings:
             code[name], used_names = definitions[name]
-            code[name] += value_text(globals().get(name))
             remaining += used_names
             remaining += [other for other in definitions if other.startswith(f"{name}.")]
-    if foreign:
-        code["functions of others"] = hash_of(*map(pickled_by_code, foreign), own_modules())
-    if not names:
-        code["files beside"] = repr([file_digest(path) for path in imported_files_beside()])
+    values = {
+        name: value
+        for name, value in globals().items()
+        if name in used and is_plain_value(value) and (names or name not in settings)
+    }
+    replaced = {
+        name: without_name(value)
+        for name, value in named_objects().items()
+        if {name, name.split(".")[0]} & used and ORIGINAL_OBJECTS.get(name) is not value
+    }
+    code["values"] = hash_of(sorted(values.items()))
+    code["replaced"] = hash_of(sorted(replaced.items()), own_modules())
     return repr(sorted(code.items()))
 
 
-def imported_files_beside():
-    """Return the files in the folder of distill.py that were imported as modules."""
-    files = set()
-    for name, module in [*sys.modules.items()]:
-        path = Path(getattr(module, "__file__", None) or "").resolve()
-        is_beside = path.parent == Path(__file__).resolve().parent
-        if is_beside and name not in ("__main__", __name__):
-            files.add(path)
-    return sorted(files)
-
-
-def value_text(value):
-    """Return a text for a constant, which the file may have computed or a script changed."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return digest(value)
-    if isinstance(value, dict):
-        return repr([(key, value_text(part)) for key, part in value.items()])
-    if isinstance(value, set | frozenset):  # the order differs from one process to the next
-        return repr(sorted(map(value_text, value)))
-    return repr(value) if is_plain_value(value) else ""
-
-
 def named_objects():
-    """Return {name: object} for the names of this file and what its classes and dicts hold."""
-    objects = {name: value for name, value in globals().items() if name != "AS_WRITTEN"}
-    for name, value in [*objects.items()]:
-        is_own_class = isinstance(value, type) and value.__module__ == __name__
-        members = vars(value) if is_own_class else value if isinstance(value, dict) else {}
-        objects |= {f"{name}.{key}": member for key, member in members.items()}
+    """Return {name: object} for functions and classes here, and for what classes and dicts hold."""
+    objects = {}
+    for name, value in globals().items():
+        members = {}
+        if isinstance(value, type):
+            members = vars(value)
+        elif isinstance(value, dict) and name != "ORIGINAL_OBJECTS":
+            members = value
+        if callable(value):
+            objects[name] = value
+        is_own_class = getattr(value, "__module__", None) == __name__
+        for key, member in members.items():
+            if is_own_class or callable(member):
+                objects[f"{name}.{key}"] = member
     return objects
 
 
-def replaced_objects():
-    """Return {name: object} for the functions and classes that a script has put in here since."""
-    return {
-        name: value
-        for name, value in named_objects().items()
-        if callable(value) and AS_WRITTEN.get(name) is not value
-    }
-
-
-def pickled_by_code(item):
-    """Return (name, function) with a function that is pickled by its code, not by its name."""
-    name, value = item
+def without_name(value):
+    """Return a function without its name, so that it is pickled by its code."""
     if not inspect.isfunction(value):
-        return item
-    parts = value.__globals__, "replacement", value.__defaults__, value.__closure__
-    return name, FunctionType(value.__code__, *parts)
+        return value
+    nameless = FunctionType(
+        value.__code__, value.__globals__, "nameless", value.__defaults__, value.__closure__
+    )
+    nameless.__kwdefaults__ = value.__kwdefaults__
+    nameless.__dict__.update(value.__dict__)
+    return nameless
 
 
 @functools.cache
@@ -3325,15 +3309,11 @@ def parse_definitions():
             if can_have_docstring and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
 
-        named = {}
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            named[statement.name] = statement
-        elif isinstance(statement, ast.Assign):
-            named[ast.unparse(statement.targets[0])] = statement
-        elif isinstance(statement, ast.AnnAssign):
-            named[ast.unparse(statement.target)] = statement
-        else:  # an import, say
-            named[ast.dump(statement)] = statement
+            named = {statement.name: statement}
+        else:  # what it assigns, also within a with or an if; an import, say, assigns no Name
+            names = [part.id for part in ast.walk(statement) if is_global_name(part)]
+            named = dict.fromkeys(names or [ast.dump(statement)], statement)
         if isinstance(statement, ast.ClassDef):
             for method in statement.body:
                 if isinstance(method, ast.FunctionDef):
@@ -3343,6 +3323,12 @@ def parse_definitions():
             code, more_names = definitions.get(name, ("", []))  # a name may be defined twice
             definitions[name] = code + ast.dump(node), sorted({*used_names, *more_names})
     return definitions
+
+
+def is_global_name(node):
+    """Whether a node assigns a global name; the variables of comprehensions are none."""
+    is_assigned = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    return is_assigned and node.id in globals()
 
 
 def training_data(trainer, without=frozenset()):
@@ -4672,7 +4658,7 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        parts = self.teacher, METHOD, self.special_ids.tolist(), code_of(), keys
+        parts = self.teacher, METHOD, self.special_ids.tolist(), code_of(), versions(), keys
         path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
         temporary = str(scratch_folder() / path.name)
         if load_with_checksum(f"{path}.sum") != file_digest(path):
@@ -5691,7 +5677,7 @@ def hash_of(*parts):
     """Return a hash of functions, classes and values, or a new one if they cannot be pickled."""
     pickled = io.BytesIO()
     try:
-        NamingPickler(pickled, recurse=True).dump(parts)
+        NamingPickler(pickled).dump(parts)
     except Exception as error:
         log("note", f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
         return os.urandom(8).hex()
@@ -5699,51 +5685,85 @@ def hash_of(*parts):
 
 
 class NamingPickler(Pickler):
-    """The pickler by which datasets hashes functions; of modules it takes the name alone.
+    """The pickler by which datasets hashes functions; of modules and of ours it takes the name.
 
     The order of a set differs from one process to the next: it is sorted.
     """
 
+    def __init__(self, file):
+        super().__init__(file, recurse=True)
+        self.names = {id(value): name for name, value in ORIGINAL_OBJECTS.items()}
+
     def persistent_id(self, value):
+        if isinstance(value, ModuleType):
+            return value.__name__
         if isinstance(value, set | frozenset):
             return "set", *sorted(map(repr, value))
-        return value.__name__ if isinstance(value, ModuleType) else None
+        return self.names.get(id(value)) if callable(value) else None
 
 
 def own_modules():
-    """Return what the imported modules hold that belong to no installed package.
+    """Return [(module, {name: code or value}, hash of its file)] for modules of the user's own.
 
-    It is what is in memory, as their files may have been edited since, and the files themselves:
-    [(module, {name: code or value}, hash of the file)].
+    These belong to no installed package. It is what is in memory, as their files may have been
+    edited since, and the files themselves. Of those that are to be imported later, the file alone.
     """
-    keys = "stdlib", "platstdlib", "purelib", "platlib"
-    installed = {sysconfig.get_path(key) for key in keys} | {site.getusersitepackages()}
     contents = []
     for name, module in sorted(sys.modules.items()):
-        path = str(getattr(module, "__file__", None) or "")
-        is_installed = any(path.startswith(folder + os.sep) for folder in installed)
+        path = getattr(module, "__file__", None)
         is_script = module is sys.modules["__main__"] or name == __name__
-        if is_installed or is_script or not path.endswith(".py"):
+        if is_script or not is_own_file(path):
             continue
         values = {}
         for key, value in vars(module).items():
             if getattr(value, "__module__", None) == name:
                 values[key] = code_in_memory(value)
-            elif isinstance(value, torch.Tensor | np.ndarray) or is_plain_value(value):
+            elif is_plain_value(value):
                 values[key] = value
         values = {key: value for key, value in values.items() if not key.startswith("__")}
         contents.append((name, values, file_digest(path)))
+    for name in sorted(imported_names() - sys.modules.keys()):
+        spec = importlib.util.find_spec(name)
+        if spec and is_own_file(spec.origin):
+            contents.append((name, {}, file_digest(spec.origin)))
     return contents
 
 
+def is_own_file(path):
+    """Whether this is a Python file that belongs to no installed package."""
+    is_file = str(path).endswith(".py") and os.path.isabs(path)
+    return is_file and not any(Path(path).is_relative_to(folder) for folder in package_folders())
+
+
+@functools.cache
+def package_folders():
+    keys = "stdlib", "platstdlib", "purelib", "platlib"
+    return {sysconfig.get_path(key) for key in keys} | {site.getusersitepackages()}
+
+
+@functools.cache
+def imported_names():
+    """Return the first parts of the names of all modules that this file imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+PLAIN_TYPES = str | bytes | int | float | torch.Tensor | np.ndarray | np.generic | None
+
+
 def is_plain_value(value):
-    """Whether a value is a number, a text or None, or consists of them."""
+    """Whether a value is a number, a text, a tensor or None, or consists of them."""
     with contextlib.suppress(RecursionError):  # of a value that holds itself
         if isinstance(value, dict):
             return all(map(is_plain_value, [*value, *value.values()]))
         if isinstance(value, tuple | list | set | frozenset):
             return all(map(is_plain_value, value))
-        return isinstance(value, str | bytes | int | float | None)
+        return isinstance(value, PLAIN_TYPES)
     return False
 
 
@@ -6910,7 +6930,8 @@ def run_locked():
         remove_scratch_folder()
 
 
-AS_WRITTEN = named_objects()
+# the last statement, when everything is defined and no script has changed anything yet
+ORIGINAL_OBJECTS = named_objects()
 
 if __name__ == "__main__":
     main()

@@ -162,7 +162,7 @@ def settings(monkeypatch, tmp_path):
     for name in distill.ACCEPTED:
         monkeypatch.setattr(distill, name, getattr(distill, name))
     monkeypatch.chdir(tmp_path)
-    # two fifths of the time of so small a run
+    # drawing takes two fifths of the time of such a small run
     monkeypatch.setattr(distill.Figure, "savefig", lambda figure, path, **more: Path(path).touch())
     return monkeypatch
 
@@ -227,9 +227,9 @@ def script(*more):
 
 
 def stand_in(monkeypatch, name, function):
-    """Put a function in the place of distill's own; for run ids and caches it is the same."""
+    """Replace a function of distill as if the file had defined it: run ids stay the same."""
     monkeypatch.setattr(distill, name, function)
-    monkeypatch.setitem(distill.AS_WRITTEN, name, function)
+    monkeypatch.setitem(distill.ORIGINAL_OBJECTS, name, function)
 
 
 def interrupt_in(monkeypatch, epoch, error):
