@@ -32,7 +32,6 @@ import copy
 import csv
 import errno
 import functools
-import glob
 import gzip
 import hashlib
 import importlib.util
@@ -56,7 +55,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 
 # what runs, read before the slow imports: the file may be edited while it runs
 SOURCE = Path(__file__).read_text("utf-8")
@@ -67,8 +66,8 @@ if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse
 try:
     import datasets
     import filelock
-    import huggingface_hub
     import numpy as np
+    import pandas
     import pyarrow.parquet
     import torch
     import torch.nn.functional as F
@@ -78,8 +77,8 @@ try:
     from datasets.utils._dill import Pickler
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
-    from safetensors import safe_open
     from torch.nn.utils.rnn import pad_sequence
+    from torch.utils._pytree import tree_leaves
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
@@ -104,6 +103,7 @@ STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
 STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model's folder
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (0, 11)
+REFIT_WORDS = 2  # teacher layers that word vectors are fitted to; 0: they stay the teacher's
 DROPOUT = None  # in training ("bert" only); None: the teacher's. 0.0 was better on one data set
 # Loss
 METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
@@ -134,38 +134,38 @@ def run():
 
     Return the report, a dict (see README.md); None in every process but the first.
     """
-    prepare_folders()
+    on_main_process(clear_folders)
     log_processes()
     stage_seconds = {}
 
     with timed_stage("data", stage_seconds):
-        teacher_name, teacher_recipe = find_teacher()  # recipe: how to make it; None if it exists
-        config, label2id = load_teacher_config(teacher_name, teacher_recipe)
-        tokenizer = load_tokenizer(TOKENIZER or config.name_or_path, config)
+        teacher_name, recipe = on_main_process(find_teacher)  # recipe: to make it; None: it exists
+        config, teacher_labels = load_teacher_config(teacher_name, recipe)
+        tokenizer_name = TOKENIZER or config.name_or_path
+        tokenizer = on_main_process(lambda: load_tokenizer(tokenizer_name, config))
         preflight_checks(config, tokenizer)
-        data, label2id = load_data(label2id)
+        data, label2id = load_data(teacher_labels)  # the data's labels where the teacher has none
         data |= load_extra_texts(data["train"], tokenizer)  # splits of their own, until labelled
         test_texts = data["test"]
         student_tokenizer = load_student_tokenizer(tokenizer, data)
         data = tokenize(data, tokenizer, student_tokenizer)
         collate_fn = make_collate_fn(tokenizer)
 
-    if teacher_recipe:
+    if recipe:
         with timed_stage("making the teacher", stage_seconds):
-            make_teacher(
-                teacher_name, teacher_recipe, config, tokenizer, label2id, data, collate_fn
-            )
+            make_teacher(teacher_name, recipe, config, tokenizer, label2id, data, collate_fn)
 
     with timed_stage("soft labels", stage_seconds):
         teacher, teacher_info = load_teacher(teacher_name, config, label2id)
         n_labelled = len(data["train"])
         data = append_extra_texts(data)  # to train, after its labelled texts
         data = add_soft_labels(data, teacher, collate_fn)
-        check_teacher(data["train"], list(label2id), was_made=bool(teacher_recipe))
+        check_teacher(data["train"], list(label2id))
 
     with timed_stage("student", stage_seconds):
         student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
-        refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)  # only "bert"
+        # the copied layer is used to words in context: give it word vectors that are like these
+        refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)
         if student_tokenizer is not tokenizer:  # the teacher needs its token ids no longer
             data = use_student_ids(data)
             collate_fn = make_collate_fn(student_tokenizer)
@@ -186,17 +186,10 @@ def run():
 
     with timed_stage("evaluation", stage_seconds):
         predictions = {split: predict(trainer, rows) for split, rows in data.items()}
-        test, names = predictions["test"], list(label2id)
-        warn_if_one_label("student", "test", test["logits"].argmax(-1), test["labels"], names)
-        results = {
-            "splits": evaluate(predictions),
-            "labels": evaluate_labels(test, names),
-            "cascade": evaluate_cascade(predictions["val"], test),
-            "baseline": baseline,
-            "predictions": prediction_rows(test_texts, test, names),
-        }
-    run_info = {"teacher": teacher_info, "seconds": stage_seconds}
-    report = save_results(trainer, student_tokenizer, history, results, run_info)
+        results = evaluate(predictions, label_names=list(label2id))
+        answers = answer_table(test_texts, predictions["test"], label_names=list(label2id))
+    run_info = {"teacher": teacher_info, "baseline": baseline, "seconds": stage_seconds}
+    report = save_results(student, student_tokenizer, history, results, answers, run_info)
     print(format_report(report))
     if EXPORT:
         export(student, data["test"], collate_fn, report)
@@ -212,8 +205,7 @@ def add_soft_labels(data, teacher, collate_fn):
 
     The new columns:
         teacher_logits   z_T, (classes,)
-        soft_labels      softmax(z_T / T), (classes,). T is TEMPERATURE, or 1 for "rail", "mate"
-                         and "cilda" (METHOD_TERMS), as in their papers
+        soft_labels      softmax(z_T / T), (classes,); see `soften`
         teacher_seconds  this text's share of the time that the teacher took for its batch
 
     The teacher runs once per distinct text. Texts are identified by the column "key", a hash of
@@ -222,15 +214,7 @@ def add_soft_labels(data, teacher, collate_fn):
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
-    code = code_of("run_teacher", "BertForSequenceClassification", "make_collate_fn")
-    teacher_digest = digest(teacher, code)
-    # otherwise answers of another teacher, or to other texts, would be cached under these keys
-    check_same(
-        "teachers, distill.py, or versions of Python, PyTorch or transformers", teacher_digest
-    )
-    for split, rows in data.items():
-        check_same(f"texts or tokenizers (seen in {split})", iter_batches(rows, "key"))
-    cache_path = Path(CACHE, f"teacher-{teacher_digest}.pt")  # named after its weights and code
+    cache_path = teacher_cache_path(teacher, data)
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
     # run the teacher on the texts that are not in the cache
@@ -244,8 +228,7 @@ def add_soft_labels(data, teacher, collate_fn):
     warn_if_timed_on_other_hardware(outputs, cache_path)
 
     # look up the teacher's outputs for every row, by key
-    temperature = 1 if METHOD in METHOD_TERMS else TEMPERATURE
-    soft_labels = F.softmax(outputs["logits"].double() / temperature, -1).float()
+    soft_labels = soften(outputs["logits"])
     order = torch.argsort(outputs["key"])
     sorted_keys = outputs["key"][order]
 
@@ -294,6 +277,15 @@ def build_student(teacher, tokenizer=None, teacher_tokenizer=None):
 # ── Loss and trainer ──────────────────────────────────────────────────────────────────────────────
 
 
+def soften(teacher_logits):
+    """Return the soft labels, softmax(z_T / T), (texts, classes).
+
+    T is TEMPERATURE, but 1 for "rail", "mate" and "cilda", as in their papers.
+    """
+    temperature = TEMPERATURE if METHODS[METHOD].softens else 1
+    return F.softmax(teacher_logits.double() / temperature, -1).float()
+
+
 def distillation_loss(logits, hard_labels, soft_labels):
     """Return the mean over a batch of ALPHA * KL + (1 - ALPHA) * CE (arXiv:1503.02531).
 
@@ -321,10 +313,12 @@ class CustomTrainer(Trainer):
     """A Trainer for METHOD "kd", and the base class of all other methods.
 
     Its loaders keep soft_labels; the stock ones drop what is not an argument of the model. A new
-    method overrides compute_loss and is registered in METHODS (and in METHOD_TERMS only if it is a
-    MethodTrainer, whose loss is a weighted sum of terms).
+    method is a subclass that overrides compute_loss, or one of MethodTrainer, whose loss is a
+    weighted sum of terms; its only entry is that in METHODS.
     """
 
+    terms = ()  # of the loss of a MethodTrainer
+    softens = True  # False: T is 1, not TEMPERATURE
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
     run_id_parts = ()  # what training depends on besides constants, data and `extra_state`
 
@@ -387,7 +381,9 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
                 checkpoint = {  # a new dict: Ctrl-C must not leave it half-updated
                     "run_id": run_id,
                     "history": [*checkpoint["history"], epoch_record],
-                    "best": copy_weights(trainer.model) if is_best else checkpoint["best"],
+                    "best": copy.deepcopy(trainer.model.state_dict())
+                    if is_best
+                    else checkpoint["best"],
                     **training_state(trainer),  # state of the model, optimizer and schedule
                 }
                 if rank() == 0:
@@ -397,7 +393,8 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
                 raise
             log("training", "stopped by Ctrl-C: the best epoch so far is used; run again to resume")
 
-        end_training(trainer)
+        trainer.model_wrapped = trainer.model
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         trainer.model.load_state_dict(checkpoint["best"])
         return checkpoint["history"]
 
@@ -412,15 +409,11 @@ def train_epoch(trainer, epoch):
     model = trainer.model_wrapped.train()
     loader = trainer.get_train_dataloader()
     trainer.state.global_step = (epoch - 1) * len(loader)
-    n_remaining = len(trainer.train_dataset)
+    shares = shares_of_steps(len(trainer.train_dataset), trainer.args.train_batch_size)
     loss_sum = 0.0
 
     for batch in progress_bar(loader, desc=f"epoch {epoch}"):
-        # Gradients are averaged over processes. Weighting each process's loss by its share of the
-        # step's texts makes every text count equally. With one process the weight is 1.
-        n_texts = min(n_remaining, trainer.args.train_batch_size)
-        n_own_texts = len(shard(range(n_texts)))
-        weight = n_own_texts * world_size() / n_texts
+        n_texts, weight = next(shares)  # of this process; the weight is 1 if it is the only one
         learning_rate = trainer.lr_scheduler.get_last_lr()[0]
 
         loss = trainer.compute_loss(model, batch)
@@ -431,15 +424,12 @@ def train_epoch(trainer, epoch):
         trainer.optimizer.zero_grad()
 
         trainer.state.global_step += 1
-        loss_sum += loss.item() * n_own_texts
-        n_remaining -= n_texts
+        loss_sum += loss.item() * n_texts
         if not math.isfinite(loss_sum) and world_size() == 1:
             break  # reported below; several processes must all take the same number of steps
     seconds = time.perf_counter() - start
 
-    val_loss_sum, n_correct = validate(trainer)
-    sums_by_process = gather_from_all((loss_sum, val_loss_sum, n_correct))
-    loss_sum, val_loss_sum, n_correct = map(sum, zip(*sums_by_process, strict=True))
+    loss_sum, val_loss_sum, n_correct = sum_over_processes(loss_sum, *validate(trainer))
     raise_if_not_finite(loss_sum + val_loss_sum, epoch, trainer.args.learning_rate)
     n_val_texts = len(trainer.eval_dataset)
     return {
@@ -496,9 +486,9 @@ def record_epoch(trainer, epoch_record):
 def predict(trainer, rows):
     """Return what both models answer to `rows`, a dict of tensors with one value per text.
 
-    labels; logits and teacher_logits, (texts, classes); seconds and teacher_seconds, each text's
-    share of the time for its batch. The student runs once over the rows. The teacher does not: its
-    outputs are in the data.
+    labels, (texts,); and for "teacher" and "student" each: logits, (texts, classes), and seconds,
+    (texts,), each text's share of the time for its batch. The student runs once over the rows. The
+    teacher does not: its outputs are in the data.
     """
     teacher_logits = torch.tensor(column_array(rows, "teacher_logits"), dtype=torch.float32)
     logits = torch.empty_like(teacher_logits)
@@ -509,49 +499,41 @@ def predict(trainer, rows):
     for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
         _, logits[row_numbers], batch_seconds = timed_batch
         seconds[row_numbers] = batch_seconds / len(row_numbers)
+    teacher_seconds = torch.tensor(column_array(rows, "teacher_seconds"))
     return {
         "labels": torch.tensor(column_array(rows, "labels")),
-        "logits": logits,
-        "teacher_logits": teacher_logits,
-        "seconds": seconds,
-        "teacher_seconds": torch.tensor(column_array(rows, "teacher_seconds")),
+        "logits": {"teacher": teacher_logits, "student": logits},
+        "seconds": {"teacher": teacher_seconds, "student": seconds},
     }
 
 
-def evaluate(predictions):
-    """Return {"teacher": {split: metrics}, "student": {split: metrics}}.
+def evaluate(predictions, label_names):
+    """Return what the report says about "teacher", "student", and the two together ("cascade").
 
-    The metrics: accuracy, macro_f1, agreement (share of texts on which a model predicts what the
-    teacher does), kl (KL(teacher || model) at T = 1), seconds and texts_per_second.
+    predictions: {split: what `predict` returns}. Each model has "splits", {split: metrics}, and
+    what `evaluate_labels` returns for test. To add a metric, add it to `compute_metrics`.
     """
-    metrics = {"teacher": {}, "student": {}}
-    for split, outputs in predictions.items():
-        labels, teacher_logits = outputs["labels"], outputs["teacher_logits"]
-        metrics["teacher"][split] = compute_metrics(
-            teacher_logits, labels, teacher_logits, outputs["teacher_seconds"]
-        )
-        metrics["student"][split] = compute_metrics(
-            outputs["logits"], labels, teacher_logits, outputs["seconds"]
-        )
-    return metrics
+    test = predictions["test"]
+    results = {"cascade": evaluate_cascade(predictions["val"], test)}
+    for role in "teacher", "student":
+        splits = {split: compute_metrics(outputs, role) for split, outputs in predictions.items()}
+        results[role] = {"splits": splits, **evaluate_labels(test, role, label_names)}
+    answers = test["logits"]["student"].argmax(-1)
+    warn_if_one_label("student", "test", answers, test["labels"], label_names)
+    return results
 
 
-def save_results(trainer, tokenizer, history, results, run_info):
-    """Write OUTPUT, all of it or nothing, and return the report; results, run_info: see `run`."""
-    best_epoch = min(history, key=lambda epoch_record: epoch_record["val_loss"])
-    report = make_report(trainer.model, history, best_epoch, results, run_info)
-
-    def write_files(folder):  # next to the model and the tokenizer
-        report["student"]["bytes"] = os.path.getsize(folder / "model.safetensors")
-        report["files"] = sorted({*os.listdir(folder), *REPORT_FILES})
-        write_model_card(report, run_info["teacher"]["name"], splits_words(tokenizer), folder)
-        write_history(history, folder)
-        write_predictions(results["predictions"], folder)
-        plot_losses(history, best_epoch, folder)
-        plot_cascade(report, folder)
+def save_results(student, tokenizer, history, results, answers, run_info):
+    """Write OUTPUT, all of it or nothing, and return the report; for the arguments see `run`."""
+    with replaced(OUTPUT) as folder:
+        save_model(student, tokenizer, folder)
+        report = make_report(student, history, results, run_info, folder)
         write_report(report, folder)
-
-    save_folder(OUTPUT, trainer.model, tokenizer, write_files)
+        write_model_card(report, run_info["teacher"]["name"], splits_words(tokenizer), folder)
+        pandas.DataFrame(history).to_csv(folder / "history.csv", index=False)
+        write_answers(answers, folder)
+        plot_losses(history, report["best_epoch"], folder)
+        plot_cascade(report, folder)
     return report
 
 
@@ -618,10 +600,8 @@ def timed_stage(name, stage_seconds):
 def log_processes():
     """Say how many processes there are, and that accelerate needs MPI to start several."""
     if world_size() > 1:
-        message = (
-            f"{world_size()} processes share the teacher's texts and each batch of {BATCH_SIZE}"
-        )
-        log("note", message)
+        texts = f"the teacher's texts and each batch of {BATCH_SIZE}"
+        log("note", f"{world_size()} processes share {texts}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         log(
             "note",
@@ -653,28 +633,31 @@ def print_epoch(epoch_record, is_best):
     print(columns.format(**epoch_record), "best" if is_best else "", flush=True)
 
 
-def make_report(student, history, best_epoch, results, run_info):
-    """Return the report without what is known only once the student is saved."""
+def best_epoch_of(history):
+    """Return the entry of the epoch with the lowest validation loss."""
+    return min(history, key=lambda epoch_record: epoch_record["val_loss"])
+
+
+def make_report(student, history, results, run_info, folder):
+    """Return the report, a dict (see README.md). folder: where the student has been saved."""
     teacher_info = run_info["teacher"]
-    splits = results["splits"]
-    teacher_test, student_test = splits["teacher"]["test"], splits["student"]["test"]
+    teacher_test = results["teacher"]["splits"]["test"]
+    student_test = results["student"]["splits"]["test"]
     report = {
         "teacher": {
             "parameters": teacher_info["parameters"],
             "bytes": teacher_info["bytes"],
-            "splits": splits["teacher"],
-            **results["labels"]["teacher"],
+            **results["teacher"],
         },
         "student": {
             "parameters": student.num_parameters(),
-            "bytes": None,  # known once it is saved
-            "splits": splits["student"],
-            **results["labels"]["student"],
+            "bytes": os.path.getsize(folder / "model.safetensors"),
+            **results["student"],
         },
         "kept": ratio(student_test["accuracy"], teacher_test["accuracy"]),
         "speedup": ratio(teacher_test["seconds"], student_test["seconds"]),
         "epochs": len(history),
-        "best_epoch": best_epoch["epoch"],
+        "best_epoch": best_epoch_of(history)["epoch"],
         "seconds": run_info["seconds"],
         "settings": {name: without_folders(globals()[name]) for name in ACCEPTED},
         "versions": {
@@ -685,41 +668,39 @@ def make_report(student, history, best_epoch, results, run_info):
         },
         "hardware": hardware(),
         "cascade": results["cascade"],
+        "files": sorted({*os.listdir(folder), *REPORT_FILES}),
     }
-    if results["baseline"]:
-        report["baseline"] = results["baseline"]
+    if run_info["baseline"]:
+        report["baseline"] = run_info["baseline"]
     return report
 
 
-def compute_metrics(logits, labels, teacher_logits, seconds):
-    """Return the metrics of one model on one split, a dict (see `evaluate`). Add new ones here.
+def compute_metrics(outputs, role):
+    """Return the metrics of one model on one split, a dict. Add new ones here.
 
-    All are written to report.json; `format_report` makes the printed table.
-    logits, teacher_logits: (texts, classes); labels and seconds, the time for each: (texts,).
+    outputs: what `predict` returns. role: "teacher" or "student". All metrics are written to
+    report.json; those in SPLIT_COLUMNS are printed, too. agreement is the share of texts on which
+    the model predicts what the teacher does; kl is KL(teacher || model) at T = 1.
     """
+    labels, logits = outputs["labels"], outputs["logits"][role]
+    teacher_logits = outputs["logits"]["teacher"]
     predicted = logits.argmax(-1)
-    n_correct, n_texts, n_predicted = count_labels(labels, predicted, logits.shape[1])
-    occurs = n_texts + n_predicted > 0
-    f1 = 2 * n_correct[occurs] / (n_texts + n_predicted)[occurs]
+    figures = label_figures(confusion_matrix(labels, predicted, logits.shape[1]))
+    f1 = [label["f1"] for label in figures if label["f1"] is not None]
     agreement = (predicted == teacher_logits.argmax(-1)).double().mean()
     log_probs, teacher_log_probs = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     kl = F.kl_div(log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
-    seconds = seconds.sum(dtype=torch.float64).item() or None  # 0: the teacher ran elsewhere
+    # 0: the teacher ran elsewhere
+    seconds = outputs["seconds"][role].sum(dtype=torch.float64).item() or None
     return {
         "examples": len(labels),
-        "accuracy": n_correct.sum().item() / len(labels),
-        "macro_f1": f1.mean().item(),
+        "accuracy": (predicted == labels).double().mean().item(),
+        "macro_f1": sum(f1) / len(f1),
         "agreement": agreement.item(),
         "kl": kl.item(),
         "seconds": seconds,
         "texts_per_second": ratio(len(labels), seconds),
     }
-
-
-def count_labels(labels, predicted, n_classes):
-    """Return (texts predicted correctly, texts, predictions) of each class, float64 tensors."""
-    parts = labels[labels == predicted], labels, predicted
-    return [torch.bincount(part, minlength=n_classes).double() for part in parts]
 
 
 def ratio(numerator, denominator):
@@ -733,57 +714,54 @@ def confusion_matrix(labels, predicted, n_classes):
     return cells.view(n_classes, n_classes).double()
 
 
-def evaluate_labels(outputs, names):
-    """Return what both models do with each label: {role: {"labels": …, "confusion": …}}.
+def label_figures(confusion):
+    """Return a dict for each label: precision, recall, f1 and support, its number of texts.
 
-    outputs: what `predict` returns. names: the label names, by output.
-    labels: {name: {precision, recall, f1, support}}. Precision is None if no text was given the
-    label, recall if none has it, F1 if neither. confusion: {name: {predicted name: number of
-    texts}}, without zeros.
+    Precision is None if no text was given the label, recall if none has it, F1 if neither.
     """
-    results = {}
-    for role, key in ("teacher", "teacher_logits"), ("student", "logits"):
-        predicted = outputs[key].argmax(-1)
-        counts = count_labels(outputs["labels"], predicted, len(names))
-        labels = {}
-        for name, n_correct, n_texts, n_predicted in zip(names, *counts, strict=True):
-            labels[name] = {
-                "precision": ratio(n_correct.item(), n_predicted.item()),
-                "recall": ratio(n_correct.item(), n_texts.item()),
-                "f1": ratio(2 * n_correct.item(), (n_texts + n_predicted).item()),
-                "support": int(n_texts),
-            }
-        confusion = defaultdict(dict)
-        pairs = Counter(zip(outputs["labels"].tolist(), predicted.tolist(), strict=True))
-        for (label, answer), n_texts in sorted(pairs.items()):
-            confusion[names[label]][names[answer]] = n_texts
-        results[role] = {"labels": labels, "confusion": dict(confusion)}
-    return results
+    n_texts, n_predicted = confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    n_correct = confusion.diagonal().tolist()
+    return [
+        {
+            "precision": ratio(correct, predicted),
+            "recall": ratio(correct, texts),
+            "f1": ratio(2 * correct, texts + predicted),
+            "support": int(texts),
+        }
+        for correct, texts, predicted in zip(n_correct, n_texts, n_predicted, strict=True)
+    ]
 
 
-def prediction_rows(texts, outputs, names):
-    """Yield the lines of predictions.csv, of which the first is the header.
+def evaluate_labels(outputs, role, label_names):
+    """Return what a model does with each label, a dict of "labels" and "confusion".
 
-    texts: rows with the texts. outputs: what `predict` returns for them. names: by output.
+    labels: {name: `label_figures`}. confusion: {name: {predicted name: number of texts}}, without
+    zeros. outputs: what `predict` returns.
     """
-    header = ["text"]
-    if TEXT_PAIR_COLUMN:
-        header.append("text_pair")
-    yield [*header, "label", "teacher", "teacher_probability", "student", "student_probability"]
+    predicted = outputs["logits"][role].argmax(-1)
+    matrix = confusion_matrix(outputs["labels"], predicted, len(label_names))
+    confusion = defaultdict(dict)
+    for label, answer in matrix.nonzero().tolist():
+        confusion[label_names[label]][label_names[answer]] = int(matrix[label, answer])
+    labels = dict(zip(label_names, label_figures(matrix), strict=True))
+    return {"labels": labels, "confusion": dict(confusion)}
 
-    answers = []  # label and probability, of the teacher, then of the student
-    for key in "teacher_logits", "logits":
-        probabilities, predicted = outputs[key].softmax(-1).max(-1)
-        answers += [[names[number] for number in predicted.tolist()]]
-        answers += [[f"{probability:.4f}" for probability in probabilities.tolist()]]
-    labels = [names[number] for number in outputs["labels"].tolist()]
-    first_row = 0
-    for part in iter_batches(texts, *text_columns()):
-        part_texts = [part[column] for column in text_columns()]
-        last_row = first_row + len(part_texts[0])
-        rest = [column[first_row:last_row] for column in (labels, *answers)]
-        yield from zip(*part_texts, *rest, strict=True)
-        first_row = last_row
+
+def answer_table(texts, outputs, label_names):
+    """Return the table of predictions.csv, a pandas.DataFrame.
+
+    texts: rows with the texts. outputs: what `predict` returns for them.
+    """
+    names = np.array(label_names)
+    columns = text_columns()
+    table = texts.select_columns(columns).to_pandas()[columns]
+    table.columns = ["text", "text_pair"][: len(columns)]
+    table["label"] = names[outputs["labels"]]
+    for role, logits in outputs["logits"].items():
+        probabilities, predicted = logits.softmax(-1).max(-1)
+        table[role] = names[predicted]
+        table[f"{role}_probability"] = probabilities.numpy()
+    return table
 
 
 def hardware():
@@ -805,23 +783,42 @@ def without_folders(value):
     return value
 
 
+# columns of the two tables that are printed: heading, figure, width, format
+SPLIT_COLUMNS = (
+    ("accuracy", "accuracy", 9, ".4f"),
+    ("macro F1", "macro_f1", 10, ".4f"),
+    ("agreement", "agreement", 11, ".4f"),
+    ("seconds", "seconds", 9, ".2f"),
+    ("texts/s", "texts_per_second", 9, ",.0f"),
+)
+LABEL_COLUMNS = (
+    ("precision", "precision", 12, ".4f"),
+    ("recall", "recall", 9, ".4f"),
+    ("F1", "f1", 9, ".4f"),
+    ("texts", "support", 8, ",d"),
+)
+
+
+def format_headings(columns):
+    return "".join(heading.rjust(width) for heading, _, width, _ in columns)
+
+
+def format_figures(figures, columns):
+    """Return one line of a table; a figure that is None, unknown, is a dash."""
+    line = ""
+    for _, name, width, number_format in columns:
+        value = figures[name]
+        line += ("–" if value is None else format(value, number_format)).rjust(width)
+    return line
+
+
 def format_report(report):
-    """Return the report as a text table."""
-    lines = [
-        f"{'':<8} {'split':<6}{'accuracy':>9}{'macro F1':>10}{'agreement':>11}"
-        f"{'seconds':>9}{'texts/s':>9}"
-    ]
-    for role in "teacher", "student":
-        for split, metrics in report[role]["splits"].items():
-            line = (
-                f"{role:<8} {split:<6}{metrics['accuracy']:>9.4f}{metrics['macro_f1']:>10.4f}"
-                f"{metrics['agreement']:>11.4f}"
-            )
-            if metrics["seconds"] is not None:
-                line += f"{metrics['seconds']:>9.2f}{metrics['texts_per_second']:>9,.0f}"
-            lines.append(line)
+    """Return the report as text: the tables, and what they mean in words."""
+    lines = [f"{'split':>14} {format_headings(SPLIT_COLUMNS)}"]
     sizes = []
     for role in "teacher", "student":
+        for split, metrics in report[role]["splits"].items():
+            lines.append(f"{role:<8} {split:<6}{format_figures(metrics, SPLIT_COLUMNS)}")
         if report[role]["parameters"] is not None:
             megabytes = report[role]["bytes"] / 1e6
             sizes.append(f"{role} {report[role]['parameters']:,} parameters, {megabytes:.1f} MB")
@@ -848,18 +845,14 @@ def format_labels(labels):
     """Return the lines of a table of labels, or none if there are more than ten."""
     if len(labels) > 10:
         return []
-    lines = ["student on test   precision   recall       F1   texts   label"]
+    lines = [f"student on test{format_headings(LABEL_COLUMNS)}   label"]
     for name, figures in labels.items():
-        cells = []
-        for figure, width in ("precision", 27), ("recall", 9), ("f1", 9):
-            value = figures[figure]
-            cells.append(f"{'–' if value is None else format(value, '.4f'):>{width}}")
-        lines.append(f"{''.join(cells)}{figures['support']:>8,}   {name}")
+        lines.append(f"{'':<15}{format_figures(figures, LABEL_COLUMNS)}   {name}")
     return lines
 
 
 def plot_losses(history, best_epoch, folder):
-    """Draw the train and validation loss of each epoch into loss.png."""
+    """Draw the train and validation loss of each epoch into loss.png. best_epoch: its number."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     epochs = [epoch_record["epoch"] for epoch_record in history]
@@ -868,37 +861,25 @@ def plot_losses(history, best_epoch, folder):
     for name, style, colour in ("train_loss", "o--", "#0072B2"), ("val_loss", "s-", "#D55E00"):
         losses = [epoch_record[name] for epoch_record in history]
         axes.plot(epochs, losses, style, color=colour, label=name.replace("_", " "))
-    label = f"best: epoch {best_epoch['epoch']}"
-    axes.plot(best_epoch["epoch"], best_epoch["val_loss"], "*k", markersize=16, label=label)
+    lowest_loss = best_epoch_of(history)["val_loss"]
+    axes.plot(best_epoch, lowest_loss, "*k", markersize=16, label=f"best: epoch {best_epoch}")
 
-    axes.set(xlabel="epoch", ylabel=loss_formula())
+    axes.set(xlabel="epoch", ylabel=f'loss of METHOD "{METHOD}"')
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=150)
 
 
-def loss_formula():
-    if METHOD == "kd":
-        return f"loss = {ALPHA:g} KL + {1 - ALPHA:g} CE, T = {TEMPERATURE:g}"
-    if METHOD == "mse":
-        return f"loss = {ALPHA:g} MSE + {1 - ALPHA:g} CE"
-    if METHOD == "none":
-        return "loss = CE"
-    return f"loss ({METHOD}; val: CE and KL only)"
-
-
-def write_history(history, folder):
-    lines = [",".join(history[0])]
-    for epoch_record in history:
-        lines.append(",".join(map(str, epoch_record.values())))
-    (folder / "history.csv").write_text("\n".join(lines) + "\n", "utf-8")
-
-
-def write_predictions(rows, folder):
-    # with the BOM, by which Excel recognises UTF-8
-    with open(folder / "predictions.csv", "w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file).writerows(rows)
+def write_answers(answers, folder):
+    """Write predictions.csv, with the BOM by which Excel recognises UTF-8."""
+    answers.to_csv(
+        folder / "predictions.csv",
+        index=False,
+        encoding="utf-8-sig",
+        float_format="%.4f",
+        lineterminator="\r\n",  # with it, Python quotes texts that have a \r
+    )
 
 
 def write_model_card(report, teacher_name, is_japanese, folder):
@@ -912,9 +893,8 @@ def write_model_card(report, teacher_name, is_japanese, folder):
 
 
 def write_report(report, folder):
-    new = Path(folder, "report.json.distill_new")
-    new.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(new, folder / "report.json")
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (folder / "report.json").write_text(f"{text}\n", "utf-8")
 
 
 # ── Models and tokenizers: load and check ─────────────────────────────────────────────────────────
@@ -942,12 +922,13 @@ def load_teacher_config(teacher_name, teacher_recipe):
 
     If it is still to be made, or there is none: the config of the model to start from, and None.
     """
+    name, setting = teacher_name, "TEACHER"
     if teacher_recipe:
-        return load_config(teacher_recipe["base"], "TEACHER_BASE"), None
-    if teacher_name is None:
-        return load_config(STUDENT_INIT, "STUDENT_INIT"), None
-    config = load_config(teacher_name)
-    return config, config.label2id
+        name, setting = teacher_recipe["base"], "TEACHER_BASE"
+    elif teacher_name is None:
+        name, setting = STUDENT_INIT, "STUDENT_INIT"
+    config = on_main_process(lambda: load_config(name, setting))
+    return config, config.label2id if setting == "TEACHER" else None
 
 
 def load_config(name, setting="TEACHER"):
@@ -956,19 +937,23 @@ def load_config(name, setting="TEACHER"):
     setting: the setting that names the model. It decides what the model must be (Problem if it is
     not) and is named in messages.
     """
-    refuse_missing_model(name, setting)
-    with as_problem(
-        f"{setting} = {name!r}: cannot be loaded",
-        "Name a folder of model.save_pretrained, or a hub model",
-    ):
+    what = f"{setting} = {name!r}"
+    accepted = (
+        f"On disk, {describe_path(name)}; accepted is a folder of model.save_pretrained, or a hub "
+        "name. To have a teacher fine-tuned, name the model to start from in TEACHER_BASE"
+    )
+    with as_problem(f"{what}: cannot be loaded", accepted):
+        is_local = looks_like_path(name) or os.path.exists(name)
+        if is_local and not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError("it has no config.json")
         forbid_outside_paths(name)
-        refuse_incomplete_config(name, setting)
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        check_architecture(config, name, setting)
-    if setting in ("TEACHER", "OUTPUT"):
-        names = checked_label_names(config, f"{setting} = {name!r}: its config.json")
-        config.id2label = dict(enumerate(names))
-        config.label2id = {label: number for number, label in enumerate(names)}
+        if setting.startswith("TEACHER"):
+            check_architecture(config, what, setting)
+        if setting in ("TEACHER", "OUTPUT"):
+            set_labels(config, checked_label_names(config, what))
+        else:  # whatever its labels were, it is to choose one of the teacher's
+            config.problem_type = "single_label_classification"
 
     # Flags of how its last user wanted to run the model. They would slow it down, or change what
     # it returns.
@@ -978,44 +963,12 @@ def load_config(name, setting="TEACHER"):
     return config
 
 
-def refuse_missing_model(name, setting):
-    """Raise Problem if `name` is a path at which there is no model."""
-    if os.path.isfile(name):
-        raise Problem(
-            f"{setting} = {name!r}: is a file; accepted is the folder of a model, such as "
-            f"{os.path.dirname(name) or os.curdir!r}."
-        )
-
-    # a folder
-    has_config = os.path.isfile(os.path.join(name, "config.json"))
-    if os.path.exists(name) and not has_config:
-        advice = "Save one into it with model.save_pretrained, or name another folder"
-        checkpoints = sorted(glob.glob(f"{glob.escape(name)}/checkpoint-*/config.json"))
-        if checkpoints:
-            folders = [os.path.dirname(path) for path in checkpoints]
-            advice = f"Name one of its checkpoints: {short_list(folders)}"
-        if os.path.isfile(os.path.join(name, "adapter_config.json")):
-            advice = (
-                "It is a PEFT adapter: merge it into its base model first, with "
-                "model.merge_and_unload().save_pretrained(folder)"
-            )
-        raise Problem(
-            f"{setting} = {name!r}: holds no model (there is no config.json in it). {advice}."
-        )
-    if os.path.isdir(name):
-        return
-
-    # no file or folder: perhaps a hub name
-    if looks_like_path(name):
-        advice = {
-            "TEACHER": "Put your fine-tuned model there, name its folder, or set TEACHER_BASE to "
-            "have a teacher fine-tuned",
-            "STUDENT_INIT": 'Accepted are "teacher", "random", a folder or a hub name',
-        }
-        raise Problem(
-            f"{setting} = {name!r}: no such folder. "
-            f"{advice.get(setting, 'Name a folder or a hub model')}."
-        )
+def describe_path(path):
+    """Return what lies at a path, for a message."""
+    try:
+        return f"the folder holds {short_list(sorted(os.listdir(path))) or 'nothing'}"
+    except OSError as error:
+        return f"there is no such folder ({error.strerror})"
 
 
 def looks_like_path(name):
@@ -1023,57 +976,29 @@ def looks_like_path(name):
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1
 
 
-def refuse_incomplete_config(name, setting):
-    """Raise Problem if the config.json in a folder lacks the kind of the model, or its labels."""
-    path = os.path.join(name, "config.json")
-    if not os.path.isfile(path):  # of a hub model, which others have loaded before
-        return
-    saved = json.loads(Path(path).read_text("utf-8"))
-    if isinstance(saved, dict) and "model_type" not in saved:
-        raise Problem(
-            f'{setting} = {name!r}: its config.json has no "model_type", as before transformers '
-            '2.2. Write "model_type": "bert" into it, if it is a BERT.'
-        )
-    weights = os.path.join(name, "model.safetensors")
-    if setting == "TEACHER" and "id2label" not in saved and os.path.isfile(weights):
-        n_outputs = 2  # what transformers assumes
-        problem = as_problem(f"{setting} = {name!r}: cannot read {weights}", weights_advice)
-        with problem, safe_open(weights, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (it is no dict)
-                if key in ("classifier.weight", "classifier.out_proj.weight"):
-                    n_outputs = file.get_slice(key).get_shape()[0]
-        if n_outputs != 2:
-            names = ", ".join(f'"{number}": "…"' for number in range(min(n_outputs, 3)))
-            raise Problem(
-                f"{setting} = {name!r}: it has {n_outputs} outputs, but its config.json does not "
-                f'name its labels. Write "id2label": {{{names}}} into it, with a name for each.'
-            )
+def check_architecture(config, what, setting):
+    """Raise Problem if a teacher's family, head or outputs are not what is needed.
 
-
-def check_architecture(config, name, setting):
-    """Raise Problem if a model is not what `setting` needs: its family, its head, its outputs."""
-    architecture = str((config.architectures or ["?ForSequenceClassification"])[0])
-    n_outputs = config.num_labels
+    Of a TEACHER_BASE only the family counts: it gets another head.
+    """
+    architecture = str((config.architectures or ["…ForSequenceClassification"])[0])
     families = METHOD_FAMILIES.get(METHOD, FAMILIES)
-    if setting.startswith("TEACHER") and config.model_type not in families:
+    is_classifier = (
+        architecture.endswith("ForSequenceClassification")
+        and config.num_labels > 1
+        and config.problem_type in (None, "single_label_classification")
+    )
+    if config.model_type not in families or (setting == "TEACHER" and not is_classifier):
         raise Problem(
-            f"{setting} = {name!r}: is of the family {config.model_type!r}; METHOD = {METHOD!r} "
-            f"accepts {', '.join(families)}."
-        )
-    if setting == "TEACHER" and not architecture.endswith("ForSequenceClassification"):
-        raise Problem(
-            f"TEACHER = {name!r}: is a {architecture}; accepted is a fine-tuned "
-            "…ForSequenceClassification. To fine-tune this model first, name it in TEACHER_BASE."
-        )
-    chooses_one_label = config.problem_type in (None, "single_label_classification")
-    if setting == "TEACHER" and (n_outputs < 2 or not chooses_one_label):
-        raise Problem(
-            f"TEACHER = {name!r}: {n_outputs} output(s), {config.problem_type or 'regression'}; "
-            "accepted is a classifier that chooses one of two or more labels."
+            f"{what}: is a {architecture} with {config.num_labels} output(s) and "
+            f"problem_type {config.problem_type!r}, and is of the family {config.model_type!r}; "
+            f"METHOD = {METHOD!r} accepts {', '.join(families)}, fine-tuned as a "
+            "…ForSequenceClassification that chooses one of two or more labels. To fine-tune a "
+            "model of these families first, name it in TEACHER_BASE."
         )
 
 
-def checked_label_names(config, where):
+def checked_label_names(config, what):
     """Return the label names of a classifier, one for each output: those of id2label.
 
     Raise Problem if label2id contradicts them. A label2id with other names (LABEL_0, … from before
@@ -1081,42 +1006,32 @@ def checked_label_names(config, where):
     If id2label has only LABEL_0, …, the names of label2id are taken.
     """
     outputs = range(config.num_labels)
-    names = [str(config.id2label.get(number)) for number in outputs]
-    if set(config.id2label) != set(outputs) or len(set(names)) < len(names):
-        entries = short_list([f"{number}: {label}" for number, label in config.id2label.items()])
-        raise Problem(
-            f"{where} needs a different name in id2label for each of the outputs 0 to "
-            f"{len(outputs) - 1}; it has {entries}."
-        )
-    label2id = {str(name): str(number) for name, number in (config.label2id or {}).items()}
+    names = {str(name) for name in config.id2label.values()}
+    is_complete = set(config.id2label) == set(outputs) and len(names) == len(outputs)
 
-    # only label2id has names
-    has_default_names = names == [f"LABEL_{number}" for number in outputs]
-    if has_default_names and not label2id.keys() & set(names):
-        name_of = {number: name for name, number in label2id.items()}
+    # entries without their direction: each is a name and a number
+    id2label = {frozenset(map(str, entry)) for entry in config.id2label.items()}
+    label2id = {frozenset(map(str, entry)) for entry in (config.label2id or {}).items()}
+    with_known_name = {entry for entry in label2id if entry & names}
+    if not is_complete or not with_known_name <= id2label:
+        raise Problem(
+            f"{what}: the label names in its config.json do not fit together: id2label is "
+            f"{config.id2label}, label2id {config.label2id}; accepted is a different name in "
+            f"id2label for each of the outputs 0 to {len(outputs) - 1}, and a label2id that "
+            "agrees. Correct the one that is wrong; id2label is what pipelines print."
+        )
+
+    if names == {f"LABEL_{number}" for number in outputs} and not with_known_name:
+        name_of = {str(number): str(name) for name, number in (config.label2id or {}).items()}
         if set(name_of) == {str(number) for number in outputs}:
             return [name_of[str(number)] for number in outputs]
-
-    # both have names: every entry must agree, read as name → number or as number → name
-    output_of = {name: str(number) for number, name in enumerate(names)}
-    straight = [output_of[name] == number for name, number in label2id.items() if name in output_of]
-    turned = [output_of[name] == number for number, name in label2id.items() if name in output_of]
-    is_consistent = (straight and all(straight)) or (turned and all(turned))
-    if (straight or turned) and not is_consistent:
-        id2label_entries = short_list([f"{number}: {name}" for number, name in enumerate(names)])
-        label2id_entries = short_list([f"{name}: {number}" for name, number in label2id.items()])
-        raise Problem(
-            f"{where} contradicts itself: id2label has {id2label_entries}, label2id "
-            f"{label2id_entries}. Correct the one that is wrong; id2label is what pipelines print."
-        )
-    return names
+    return [str(config.id2label[number]) for number in outputs]
 
 
-def set_labels(config, label2id):
-    """Make a model of this config choose one of these labels, whatever it was before."""
-    config.problem_type = "single_label_classification"
-    config.label2id = label2id
-    config.id2label = {number: label for label, number in label2id.items()}
+def set_labels(config, names):
+    """Set the names of the labels, given in the order of the outputs."""
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def takes_token_types(config):
@@ -1130,17 +1045,6 @@ def max_tokens(config):
     return getattr(config, "max_position_embeddings", 10**9) - offset
 
 
-# (vocabulary size, hidden size) of a Japanese BERT → the models that may be its base
-KNOWN_BASES = {
-    (32768, 768): "tohoku-nlp/bert-base-japanese-v3 or -v2 (both need: pip install unidic-lite)",
-    (32768, 1024): "tohoku-nlp/bert-large-japanese-v2 or bert-large-japanese (unidic-lite)",
-    (32000, 768): "tohoku-nlp/bert-base-japanese-whole-word-masking (needs: pip install ipadic)",
-    (7027, 768): "tohoku-nlp/bert-base-japanese-char-v3 (needs: pip install unidic-lite)",
-    (6144, 768): "tohoku-nlp/bert-base-japanese-char-v2 (needs: pip install unidic-lite)",
-    (4000, 768): "tohoku-nlp/bert-base-japanese-char (needs: pip install ipadic)",
-}
-
-
 def load_tokenizer(name, config, role="teacher", max_length=None):
     """Return the tokenizer in `name`; Problem if it does not fit the model.
 
@@ -1148,98 +1052,69 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
     max_length: instead of MAX_LENGTH.
     """
     max_length = max_length or MAX_LENGTH
-    advice = "Save the one that the model was made with into its folder"
-    if role == "teacher":
-        advice = "Set TOKENIZER to the one that the teacher was fine-tuned with"
-        base = KNOWN_BASES.get((config.vocab_size, getattr(config, "hidden_size", None)))
-        if base and config.model_type == "bert":
-            advice += (
-                f". With a vocabulary of {config.vocab_size} it may be that of {base}; the "
-                "teacher's accuracy on train shows whether it is right"
-            )
-    if os.path.exists(name) and not has_tokenizer(name):
-        # transformers would make an empty one, silently
-        base = base_with_tokenizer(name)
-        if base is None:
-            raise Problem(
-                f"{name!r} holds no tokenizer (model.save_pretrained saves none). {advice}."
-            )
-        log(
-            "data",
-            f"{name} holds no tokenizer; that of {base} is used, from which the model was made "
-            "according to its config.json (_name_or_path)",
-        )
-        name = base
-    with as_problem(
-        f"the tokenizer in {name!r} cannot be loaded",
-        lambda reason: missing_package_advice(reason) or advice,
-    ):
-        saved_config = get_tokenizer_config(name)
-        forbid_outside_dictionaries(saved_config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    advice = (
+        f"Save the tokenizer that the {role} was made with into its folder (the teacher's can be "
+        "named in TOKENIZER instead: README.md lists some by the size of the vocabulary, which is "
+        f"{config.vocab_size} here)"
+    )
+    source = base_with_tokenizer(name) if os.path.exists(name) else name
+    if source is None:  # transformers would make an empty one, silently
+        raise Problem(f"{name!r} holds no tokenizer: {describe_path(name)}. {advice}.")
+    if source != name:
+        log("data", f"{name} holds no tokenizer; that of {source} is used, which it was made from")
+    where = f"the tokenizer in {source!r}"
+    with as_problem(f"{where} cannot be loaded", advice):
+        saved_config = get_tokenizer_config(source)
+        options = json.dumps([saved_config.get("mecab_kwargs"), saved_config.get("sudachi_kwargs")])
+        if "/" in options and not os.path.exists(source):
+            raise ValueError(f"its tokenizer_config.json names files, not opened here: {options}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         fit_to_model(tokenizer, config)
         # encode something now, rather than fail once all data is read
         encode([["晴れ time"]] * len(text_columns()), tokenizer, max_length)
-    check_vocabulary(tokenizer, name, config, role, advice)
+
+    # the vocabulary must be the model's, as far as that can be seen
+    vocabulary = tokenizer.get_vocab()
+    n_words = len(set(vocabulary) - set(tokenizer.all_special_tokens))
+    n_ids = max(vocabulary.values(), default=-1) + 1
+    if tokenizer.pad_token_id is None or n_words == 0 or n_ids > config.vocab_size:
+        raise Problem(
+            f"{where} has {n_words} tokens that are not special, ids up to {n_ids - 1}, and "
+            f"{tokenizer.pad_token!r} for padding; the {role} needs words, ids from 0 to at most "
+            f"{config.vocab_size - 1}, and a token for padding. {advice}."
+        )
+    if n_ids < config.vocab_size:
+        log(
+            "note",
+            f"{where} has {n_ids:,} tokens, the {role} {config.vocab_size:,}. If these are "
+            "not just spare rows, it is that of another model, or of another version",
+        )
+
     limit = max_tokens(config)
     if limit < max_length:
         raise Problem(f"MAX_LENGTH = {max_length}: the {role} takes at most {limit} tokens.")
     tokenizer.model_max_length = max_length
     if role == "teacher":
-        warn_if_tokenizer_guessed(tokenizer, name, saved_config, config)
+        warn_if_tokenizer_guessed(tokenizer, source, saved_config, config)
     return tokenizer
 
 
-def has_tokenizer(folder):
-    patterns = "vocab.*", "tokenizer.json", "*.model"
-    return any(next(Path(folder).glob(pattern), None) for pattern in patterns)
-
-
 def base_with_tokenizer(folder):
-    """Return what the model in `folder`, which has no tokenizer, was made from; None if unknown.
+    """Return where the tokenizer of the model in `folder` is: there, or in what it was made from.
 
-    transformers 4 wrote this into config.json: a hub name, or the path of a folder. If that folder
-    has no tokenizer, its own config.json is asked.
+    transformers 4 wrote a model's base into config.json: a hub name, or the path of a folder, which
+    may name its own base. None if that leads nowhere.
     """
-    seen = set()
-    while folder not in seen:
-        seen.add(folder)
+    for _ in range(5):
+        files = "vocab.*", "tokenizer.json", "*.model"
+        if any(path for pattern in files for path in Path(folder).glob(pattern)):
+            return folder
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             # from the file itself: from_pretrained replaces the name by that of the folder
             saved = json.loads(Path(folder, "config.json").read_text("utf-8"))
             folder = normalize_path(saved["_name_or_path"])
         if not os.path.exists(folder):
-            return None if looks_like_path(folder) or "/" not in folder else folder
-        if has_tokenizer(folder):
-            return folder
-    return None
-
-
-# what a library calls a package that a tokenizer needs → what to install
-TOKENIZER_PACKAGES = {
-    "ipadic": "ipadic",
-    "unidic_lite": "unidic-lite",
-    "unidic": "unidic",
-    "fugashi": "fugashi unidic-lite",
-    "sudachi": "sudachipy sudachidict_core",
-    "rhoknp": "rhoknp (it calls Juman++: install that, too)",
-    "sentencepiece": "sentencepiece",
-    "tiktoken": "tiktoken",
-    "protobuf": "protobuf",
-}
-
-
-def missing_package_advice(reason):
-    """Return what to install, if the error of a library says that a package is missing."""
-    if not re.search("install|No module named|not found in your environment", reason):
-        return None
-    if "unidic dictionary itself" in reason:  # the package is there
-        return "python -m unidic download"
-    if dictionary := re.search("sudachidict_(small|core|full)", reason.lower()):
-        return f"pip install {dictionary[0]}"
-    for name, packages in TOKENIZER_PACKAGES.items():
-        if name in reason.lower():
-            return f"pip install {packages}"
+            return folder if re.fullmatch(r"\w[\w.-]*/[\w.-]+", folder) else None
     return None
 
 
@@ -1251,79 +1126,37 @@ def fit_to_model(tokenizer, config):
         tokenizer.model_input_names.append("token_type_ids")
 
 
-def forbid_outside_dictionaries(saved_config):
-    """Raise ValueError if a tokenizer_config.json, perhaps a stranger's, names files elsewhere."""
-    options = [saved_config.get("mecab_kwargs"), saved_config.get("sudachi_kwargs")]
-    paths = [value for value in iter_strings(options) if "/" in value]
-    if paths:
-        raise ValueError(
-            f"its tokenizer_config.json names files elsewhere, which are not opened ({paths[0]})"
-        )
-
-
-def check_vocabulary(tokenizer, name, config, role, advice):
-    """Raise Problem if the vocabulary is empty, lacks padding, or has ids the model lacks."""
-    where = f"the tokenizer in {name!r}"
-    if tokenizer.pad_token_id is None:
-        raise Problem(f"{where} cannot be loaded: it has no padding token. {advice}.")
-    vocabulary = tokenizer.get_vocab()
-    if not set(vocabulary) - set(tokenizer.all_special_tokens):
-        raise Problem(
-            f"{where} cannot be loaded: its vocabulary holds nothing but special tokens. {advice}."
-        )
-    highest = max(vocabulary.values())
-    if highest >= config.vocab_size:
-        raise Problem(
-            f"{where} has ids up to {highest}, the {role} only 0 to {config.vocab_size - 1}. "
-            f"{advice}."
-        )
-    if highest + 1 < config.vocab_size:
-        log(
-            "note",
-            f"{where} has {highest + 1:,} tokens, the {role} {config.vocab_size:,}. If these are "
-            "not just spare rows, it is that of another model, or of another version",
-        )
-
-
 def warn_if_tokenizer_guessed(tokenizer, name, saved_config, config):
     """Say where transformers had to guess what the teacher's tokenizer was."""
+    guessed = {}
     if not saved_config.get("tokenizer_class") and not getattr(config, "tokenizer_class", None):
-        log(
-            "note",
-            f"{name} does not name its tokenizer_class: texts are read by "
-            f"{type(tokenizer).__name__}. If the teacher was trained with another, such as "
-            '"BertJapaneseTokenizer", write that into its tokenizer_config.json',
-        )
-
+        guessed["tokenizer_class"] = type(tokenizer).__name__
     # the default dictionary changed in transformers 4.46
-    is_japanese = isinstance(tokenizer, transformers.BertJapaneseTokenizer)
-    uses_mecab = is_japanese and tokenizer.word_tokenizer_type == "mecab"
-    names_dictionary = (saved_config.get("mecab_kwargs") or {}).get("mecab_dic")
-    version = re.match(r"(\d+)\.(\d+)", str(config.transformers_version))
-    is_old = not version or (int(version[1]), int(version[2])) < (4, 46)
-    if uses_mecab and not names_dictionary and is_old:
-        saved_by = version[0] if version else "an unknown version"
+    version = str(config.transformers_version)
+    is_old = not re.match(r"4\.(4[6-9]|[5-9]\d)|[5-9]|\d\d", version)
+    uses_mecab = getattr(tokenizer, "word_tokenizer_type", None) == "mecab"
+    if uses_mecab and is_old and not (saved_config.get("mecab_kwargs") or {}).get("mecab_dic"):
+        guessed['"mecab_kwargs": {"mecab_dic": …}'] = "unidic_lite"
+    for option, value in guessed.items():
         log(
             "note",
-            f"{name} does not name its mecab_dic: texts are cut with unidic_lite, today's default. "
-            f"Before transformers 4.46 (it was saved by {saved_by}) it was ipadic; if the teacher "
-            'was trained with that, write "mecab_kwargs": {"mecab_dic": "ipadic"} into its '
-            "tokenizer_config.json and pip install ipadic",
+            f"{name} (saved by transformers {version}) does not name its {option}: {value} is "
+            "taken. If the teacher was trained with another (most Japanese BERTs with "
+            "BertJapaneseTokenizer, before transformers 4.46 with ipadic), write that into its "
+            "tokenizer_config.json",
         )
 
 
 def preflight_checks(config, tokenizer):
     """Load and discard what later stages need, so that its faults are found before slow work."""
     with as_problem(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
-        trackers = [] if REPORT_TO == "none" else [REPORT_TO]
-        for callback in get_reporting_integration_callbacks(trackers):
+        for callback in get_reporting_integration_callbacks(REPORT_TO):
             callback()
-    source_config = config
     if STUDENT_INIT not in ("teacher", "random"):
-        source_config = load_student_init(config).config
+        config = load_student_init(config).config
     if STUDENT == "bert" and STUDENT_INIT != "random":
-        layers_to_copy(source_config)
-    rewrites = "KL′" in METHOD_TERMS.get(METHOD, ())
+        layers_to_copy(config)
+    rewrites = "KL′" in METHODS[METHOD].terms
     if (rewrites or AUGMENT) and tokenizer.mask_token_id is None:
         raise Problem(
             f"METHOD = {METHOD!r}, AUGMENT = {AUGMENT}: the teacher's tokenizer has no mask token, "
@@ -1340,17 +1173,14 @@ def load_teacher(name, config, label2id):
     there is none (name is None), STUDENT_INIT, whose config is given. Of the teacher that ran
     elsewhere nothing is known.
     """
+    if name is None:
+        set_labels(config, label2id)
+    model = on_main_process(lambda: load_model(name) if name else load_student_init(config))
     if SOFT_LABELS_COLUMN:
-        if name is None:
-            set_labels(config, label2id)
-            model = load_student_init(config)
-        else:
-            model = load_model(name)
         name = f"the probabilities in the column {SOFT_LABELS_COLUMN}"
         return model, {"name": name, "parameters": None, "bytes": None}
-    teacher = load_model(name)
-    n_parameters = teacher.num_parameters()
-    return teacher, {"name": name, "parameters": n_parameters, "bytes": 4 * n_parameters}
+    n_parameters = model.num_parameters()
+    return model, {"name": name, "parameters": n_parameters, "bytes": 4 * n_parameters}
 
 
 def load_model(name, setting="TEACHER", config=None):
@@ -1359,46 +1189,7 @@ def load_model(name, setting="TEACHER", config=None):
     A teacher must be complete and is frozen. Any other model may lack its head, or have one for
     other labels; the head then starts random.
     """
-    is_teacher = setting == "TEACHER"
-    warn_if_several_weights(name)
-    with as_problem(f"{setting} = {name!r}: its weights cannot be loaded", weights_advice):
-        config = config or load_config(name, setting)
-        model, info = classifier_class(config).from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,  # transformers 5 would keep the precision of the file
-            ignore_mismatched_sizes=not is_teacher,
-            output_loading_info=True,
-        )
-        # run it once, so that what does not fit fails here
-        end_id = getattr(config, "eos_token_id", None) or 0  # BART needs one in its input
-        model.eval()(input_ids=torch.full((1, 2), end_id))
-
-    broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
-    if broken:
-        raise Problem(
-            f"{setting} = {name!r}: its weights are NaN or infinite in {short_list(broken)}. Its "
-            "training has diverged, or the file is damaged: name another model."
-        )
-    missing = {*info["missing_keys"]}
-    for key, *_ in info["mismatched_keys"]:
-        missing.add(key)
-    if is_teacher:
-        check_teacher_weights(name, model, missing, sorted(info["unexpected_keys"]))
-    missing_body = []
-    for key in sorted(missing):
-        if key.startswith(model.base_model_prefix + ".") and ".pooler." not in key:
-            missing_body.append(key)
-    if missing_body:
-        raise Problem(
-            f"{setting} = {name!r}: is no whole model: its file lacks "
-            f"{', '.join(missing_body[:4])}."
-        )
-    return model.requires_grad_(not is_teacher)
-
-
-def warn_if_several_weights(name):
-    """Note which weights are read if a folder holds several files of them."""
+    what = f"{setting} = {name!r}"
     # in the order in which transformers looks for them
     possible = (
         "model.safetensors",
@@ -1408,149 +1199,114 @@ def warn_if_several_weights(name):
     )
     found = [file for file in possible if os.path.isfile(os.path.join(name, file))]
     if len(found) > 1:
-        log(
-            "note",
-            f"{name} holds several sets of weights, {' and '.join(found)}: {found[0]} is read. If "
-            "another is the right one, move this one away",
+        log("note", f"{what} holds several sets of weights, {', '.join(found)}: the first is read")
+    advice = (
+        f"On disk, {describe_path(name)}; accepted are weights and config.json of one model, as "
+        "save_pretrained writes them"
+    )
+    with as_problem(f"{what}: its weights cannot be loaded", advice):
+        config = config or load_config(name, setting)
+        model, info = classifier_class(config).from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,  # transformers 5 would keep the precision of the file
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        # run it once, so that what does not fit fails here
+        end_id = getattr(config, "eos_token_id", None) or 0  # BART needs one in its input
+        model.eval()(input_ids=torch.full((1, 2), end_id))
+    check_weights(what, model, info, is_teacher=setting == "TEACHER")
+    return model.requires_grad_(setting != "TEACHER")
 
 
-def weights_advice(reason):
-    """Return what to do if transformers cannot load a file of weights."""
-    if "Weights only load failed" in reason:
-        return (
-            "The file holds a pickled model, which could run code and is not opened: load it where "
-            "you trust it, and save it with model.save_pretrained"
-        )
-    if "ignore_mismatched_sizes" in reason:
-        return (
-            "Its config.json does not fit its weights: it may have another number of labels in "
-            "id2label. Use the config.json that was saved with these weights"
-        )
-    if "header" in reason.lower():
-        return (
-            "The file is damaged, or is only a Git LFS pointer: run git lfs pull, or download it "
-            "again"
-        )
-    return "Copy or save the model again"
-
-
-def check_teacher_weights(name, model, missing, unused):
-    """Raise Problem if the teacher's file lacks weights, or has layers that its config has not.
+def check_weights(what, model, info, is_teacher):
+    """Raise Problem if weights are missing, of another shape, not numbers, or of more layers.
 
     transformers would only warn, and go on with random weights or without the layers.
+    info: what from_pretrained tells of them.
     """
-    wrapped = [key for key in unused if key.startswith("module.")]
-    if missing and wrapped:
+    missing = sorted(info["missing_keys"])
+    for key, saved, needed in info["mismatched_keys"]:
+        missing.append(f"{key} {tuple(needed)}, of which the file has {tuple(saved)}")
+    if not is_teacher:  # the head may be missing, or have other labels
+        head = rf"(?!{model.base_model_prefix}\.)|.*\.pooler\."
+        missing = [key for key in missing if not re.match(head, key)]
+    broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
+    unused = sorted(info["unexpected_keys"])
+    has_more_layers = is_teacher and re.search(r"layers?\.\d+\.", " ".join(unused))
+    needed_by = f"a {type(model).__name__} of its config.json"
+    if missing or broken or has_more_layers:
+        faults = {"missing": missing, "NaN or infinite": broken, "more than it has": unused}
+        found = [f"{fault}: {short_list(keys)}" for fault, keys in faults.items() if keys]
         raise Problem(
-            f"TEACHER = {name!r}: the names of its weights begin with module. ({wrapped[0]}), as "
-            "DataParallel saves them. Save it anew with model.module.save_pretrained."
+            f"{what}: its weights are not those of {needed_by} ({'; '.join(found)}). Accepted are "
+            "weights and config.json as save_pretrained writes them, of a fine-tuned classifier "
+            "for TEACHER; name a model that is to be fine-tuned first in TEACHER_BASE."
         )
-    containers = [key for key in unused if key in ("state_dict", "model_state_dict", "model")]
-    if missing and containers:
-        raise Problem(
-            f"TEACHER = {name!r}: its file is a checkpoint that holds {short_list(unused)}, not "
-            f"weights alone. Load its {containers[0]!r} into the model, and save that with "
-            "model.save_pretrained."
-        )
-    if missing:
-        raise Problem(
-            f"TEACHER = {name!r}: not a fine-tuned classifier: its file lacks "
-            f"{', '.join(sorted(missing)[:4])}. Name the fine-tuned model; to fine-tune this one "
-            "first, name it in TEACHER_BASE."
-        )
-    unused_layers = [key for key in unused if re.search(r"layers?\.\d+\.", key)]
-    if unused_layers:
-        raise Problem(
-            f"TEACHER = {name!r}: its file holds layers, or parts of layers, that its config.json "
-            f"does not know ({', '.join(unused_layers[:3])}). Put the config.json there that was "
-            "saved with these weights."
-        )
-    if unused:
-        log(
-            "note",
-            f"{name} holds weights that a {type(model).__name__} does not use: "
-            f"{short_list(unused)}",
-        )
+    if unused and is_teacher:
+        log("note", f"{what} holds weights that {needed_by} does not use: {short_list(unused)}")
 
 
-def check_teacher(rows, names, was_made):
-    """Note where the teacher is worse on the training texts than no model at all.
+def check_teacher(rows, names):
+    """Note where the teacher's answers to the training texts hardly fit their labels.
 
     rows: the training texts with labels and soft_labels. names: the label names, by output.
-    was_made: whether the teacher was fine-tuned by this run.
     """
     labels = column_array(rows, "labels")
     is_labelled = labels != NO_LABEL
     predicted = [np.argmax(batch["soft_labels"], -1) for batch in iter_batches(rows, "soft_labels")]
     predicted = np.concatenate(predicted)[is_labelled]
     labels = labels[is_labelled]
-    counts = np.bincount(labels, minlength=len(names))
+    warn_if_one_label("teacher", "train", predicted, labels, names)
 
+    majority, majority_count = Counter(labels.tolist()).most_common(1)[0]
     accuracy = (predicted == labels).mean()
-    majority_share = counts.max() / len(labels)
-    if accuracy < majority_share:
-        undertrained = ""
-        if was_made:
-            undertrained = "; it was trained too little (TEACHER_EPOCHS, TEACHER_LEARNING_RATE)"
+    majority_share = majority_count / len(labels)
+    if accuracy < majority_share:  # no model at all would be better
         log(
             "note",
-            f"the teacher is right on {accuracy:.1%} of train; to answer {names[counts.argmax()]} "
-            f"always would be right on {majority_share:.1%}. Likely causes: its labels are in "
-            "another order than those of the data; its tokenizer or MeCab dictionary is not the "
-            "one it was trained with; TEXT_COLUMN or LABEL_COLUMN names another column"
-            + undertrained,
+            f"the teacher is right on {accuracy:.1%} of train; to answer {names[majority]} always "
+            f"would be right on {majority_share:.1%}. Likely causes: its labels are in another "
+            "order than those of the data; its tokenizer or MeCab dictionary is not the one it was "
+            "trained with; TEXT_COLUMN or LABEL_COLUMN names another column; it was trained too "
+            "little",
         )
-    warn_if_one_label("teacher", "train", predicted, labels, names)
-    if len(names) <= 1000:  # more would need a large matrix for a rare fault
-        warn_if_labels_exchanged(labels, predicted, names)
+
+    # two labels of which each is mostly answered with the other
+    counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
+    mostly_other = {pair for pair, count in counts.items() if count > counts[pair[0], pair[0]]}
+    for first, second in sorted(mostly_other):
+        if first < second and (second, first) in mostly_other:
+            log(
+                "note",
+                f"the teacher answers {names[first]} mostly with {names[second]}, and "
+                f"{names[second]} mostly with {names[first]}: are these two labels exchanged?",
+            )
 
 
 def warn_if_one_label(role, split, predicted, labels, names):
     """Note if a model answers all texts of a split with one label, though they have several."""
     if len(set(predicted.tolist())) == 1 < len(set(labels.tolist())):
-        name = names[predicted[0]]
-        log("note", f"the {role} answers all texts of {split} with {name}")
-
-
-def warn_if_labels_exchanged(labels, predicted, names):
-    """Note pairs of labels of which each is mostly predicted as the other."""
-    labels, predicted = torch.as_tensor(labels), torch.as_tensor(predicted)
-    confusion = confusion_matrix(labels, predicted, len(names)).numpy()
-    correct = confusion.diagonal()
-    more_as_other = confusion > correct[:, None]
-    exchanged = np.argwhere(np.triu(more_as_other & more_as_other.T))
-    for first, second in exchanged[:3]:
-        log(
-            "note",
-            f"the teacher answers {names[first]} mostly with {names[second]}, and {names[second]} "
-            f"mostly with {names[first]}: are these two labels exchanged?",
-        )
+        log("note", f"the {role} answers all texts of {split} with {names[predicted[0]]}")
 
 
 # ── Data files ────────────────────────────────────────────────────────────────────────────────────
 
-SPLITS = {
-    "train": ["train"],
-    "val": ["val", "validation", "valid", "dev"],
-    "test": ["test"],
+SPLIT_NAMES = {  # what files, parts of a data set, or values in a column may call a split
+    "train": ["train", "training", "学習", "訓練"],
+    "val": ["val", "validation", "valid", "dev", "development", "検証", "開発"],
+    "test": ["test", "testing", "テスト", "評価"],
 }
-SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
-LABELED_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # a .txt can hold texts only
-SPLIT_NAMES = {  # further names of splits in a column
-    "training": "train",
-    "学習": "train",
-    "訓練": "train",
-    "development": "val",
-    "検証": "val",
-    "開発": "val",
-    "testing": "test",
-    "テスト": "test",
-    "評価": "test",
-} | SPLIT_OF
+SPLITS = tuple(SPLIT_NAMES)
+FILE_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # for texts without labels also .txt
+TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
+COLUMN_ADVICE = (
+    "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN; a .csv (commas) or "
+    ".tsv (tabs) has their names in its first line"
+)
 NO_LABEL = -100  # hard label of a text that only the teacher has labelled
 ROWS_PER_PART = 10_000  # rows that are in memory at once
-HEAD_ROWS = 100  # first rows in which a column of split names is looked for
 
 
 def load_data(label2id=None):
@@ -1560,48 +1316,175 @@ def load_data(label2id=None):
     `labels` are numbers of the teacher's outputs.
     """
     splits = read_splits(known_labels=set(label2id or ()))
-    splits = {split: needed_columns(split, rows) for split, rows in splits.items()}
 
     # what the labels mean, decided over all splits
     names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
-    outputs_by_label = match_labels(splits, names)
+    outputs = match_labels(splits, names)
     for split, rows in splits.items():
-        splits[split] = validate_rows(rows, split, outputs_by_label[split], names)
-        warn_if_labels_contradict(splits[split], split, names)
+        splits[split] = validate_rows(rows, split, outputs, names)
+        warn_if_labels_contradict(splits[split], split)
 
     if "the set" in splits:
         splits = split_single_set(splits["the set"], names)
-    if TRAIN_FRACTION < 1:
-        with as_problem(
-            f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"
-        ):
-            splits["train"], _ = split_rows(splits["train"], 1 - TRAIN_FRACTION, len(names))
+    splits["train"] = take_fraction(splits["train"], len(names))
     log_label_counts(splits, names)
     if SOFT_LABELS_COLUMN:
         log("data", f"in {SOFT_LABELS_COLUMN}, the labels have this order: {', '.join(names)}")
     return splits, {name: number for number, name in enumerate(names)}
 
 
-def needed_columns(split, rows):
-    """Return the columns of texts and labels; Problem if a split lacks one, or has no rows."""
-    if len(rows) == 0:
-        raise Problem(f"DATA = {DATA!r}: {split} has no rows. Add some.")
+def read_splits(known_labels):
+    """Return {split: rows}, or {"the set": rows} if DATA is one set that is still to be split.
+
+    known_labels: see `csv_rows`.
+    """
     columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
-    rows = take_columns(f"DATA = {DATA!r}: {split}", columns, rows)
-    for name in columns:
-        kind = rows.features[name]
-        if name == SOFT_LABELS_COLUMN:
-            kind = getattr(kind, "feature", kind)  # of the members of a list
-        # pictures and sounds may be paths, which datasets would open
-        is_value = isinstance(kind, datasets.Value | datasets.ClassLabel)
-        if not is_value or "binary" in kind.dtype:
-            accepted = "texts and numbers"
-            if name == SOFT_LABELS_COLUMN:
-                accepted = "lists of probabilities such as [0.1, 0.9], in the order of the labels"
+    parts = find_parts("DATA", FILE_KINDS)
+    if "the set" in parts:
+        rows = read_part(parts["the set"], columns, known_labels)
+        splits = split_by_column(rows, columns) or {"the set": rows}
+        return {split: take_columns("DATA", split, columns, rows) for split, rows in splits.items()}
+
+    splits = {}
+    for split, names in group_by_split(parts).items():
+        shards = []
+        for name in names:
+            rows = read_part(parts[name], columns, known_labels)
+            shards.append(take_columns("DATA", name, columns, rows))
+        splits[split] = join_rows("DATA", shards)
+    return splits
+
+
+def find_parts(setting, kinds):
+    """Return what DATA or UNLABELED names, {name: path of a file, or Dataset}.
+
+    One file, or one data set without splits, has the name "the set".
+    """
+    name = globals()[setting]
+    path = Path(name)
+    if name == "tests/sample" and not path.exists():  # started from another folder
+        path = Path(__file__).resolve().parent / name
+    if path.is_file():
+        return {"the set": path}
+    files = data_files(path, kinds)
+    is_saved = files and files.keys() <= {"state.json", "dataset_dict.json", "dataset_info.json"}
+    if not files:  # as the hub lays out its folders
+        files = data_files(path / "data", kinds)
+    if files and not is_saved:
+        log_unread(name, os.listdir(path), [*files, "data"])
+        return files
+
+    accepted = (
+        f"Accepted are a file ({', '.join(kinds)}), a folder of files or of save_to_disk; as DATA, "
+        "where a folder has a file each for train, val and test, also a hub data set (with a "
+        "configuration: org/name:configuration)"
+    )
+    is_path = path.exists() or looks_like_path(name) or file_kind(path) in kinds
+    if not is_saved and (is_path or setting != "DATA"):
+        raise Problem(f"{setting} = {name!r}: no data: {describe_path(name)}. {accepted}.")
+    with as_problem(f"{setting} = {name!r}: cannot be loaded", accepted):
+        forbid_outside_paths(path)
+        datasets.disable_caching()  # it would write beside the data
+        if is_saved:
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(*name.split(":", 1))
+    loaded = loaded.with_format(None)  # a format such as "torch" was for its last user
+    parts = loaded if isinstance(loaded, dict) else {"the set": loaded}
+    return parts if len(parts) > 1 else {"the set": next(iter(parts.values()))}
+
+
+def data_files(folder, kinds):
+    """Return {name: path} of the data files in a folder; hidden files do not count."""
+    paths = sorted(folder.glob("[!.]*"))
+    return {path.name: path for path in paths if file_kind(path) in kinds}
+
+
+def log_unread(where, found, read):
+    """Say what is not read; hidden files do not count, nor what lies in the sample's folder."""
+    unread = sorted(name for name in {*found} - {*read} if not name.startswith("."))
+    if unread and where != "tests/sample":
+        log("data", f"{where}: not read: {short_list(unread)}")
+
+
+def group_by_split(names):
+    """Return {split: names of its files, or of parts of a data set}; Problem if one is missing.
+
+    A name is that of a split. Where none is, those that begin with one count: train-v1.1.json, or
+    train-00000-of-00002.parquet, a shard; several files are read only if they are all shards.
+    """
+    exact, longer = defaultdict(list), defaultdict(list)
+    for name in names:
+        first_word, rest = re.fullmatch(r"([^-_.]*)(.*)", name).groups()
+        is_exact = rest.lower().removesuffix(".gz") in ("", *FILE_KINDS)
+        (exact if is_exact else longer)[split_of(first_word)].append(name)
+    exact.pop(None, None)
+    groups = exact or longer
+    for split in SPLITS:
+        members = groups[split]
+        if not is_one_set(members):
             raise Problem(
-                f"DATA = {DATA!r}: column {name} of {split} holds {kind}; accepted are {accepted}."
+                f"DATA = {DATA!r}: for {split} there is {short_list(members) or 'nothing'}, in all "
+                f"{short_list([*names])}. Accepted are one file (or a set of shards, none missing) "
+                "for each of train, val and test, named alike, or a single file in all, which is "
+                "cut into the three."
             )
-    return rows
+    groups = {split: groups[split] for split in SPLITS}
+    if not exact:
+        log("data", "; ".join(f"{split} is {short_list(groups[split])}" for split in SPLITS))
+    log_unread(DATA, names, itertools.chain(*groups.values()))
+    return groups
+
+
+def is_one_set(names):
+    """Whether these are one file, or all the shards of one set, each once."""
+    shards = [re.sub(r"(-of-\d{5}).*", r"\1", name) for name in names]  # older ones end in a hash
+    pattern = re.fullmatch(r"(.+-)\d{5}(-of-(\d{5}))", shards[0]) if names else None
+    if not pattern:
+        return len(names) == 1
+    start, end, n_shards = pattern.groups()
+    return shards == [f"{start}{number:05}{end}" for number in range(int(n_shards))]
+
+
+def split_by_column(rows, columns):
+    """Return {split: rows} if a column of one data set names the split of each row; else None.
+
+    columns: those that are something else. Raise Problem if a split is missing.
+    """
+    others = [canonical_name(column) for column in columns]
+    for name, kind in rows.features.items():
+        is_read = isinstance(kind, datasets.ClassLabel) or getattr(kind, "dtype", "") in TEXT_TYPES
+        if not is_read or canonical_name(name) in others:  # pictures may be paths to other files
+            continue
+        split_of_row = [split_of(label_text(value, kind)) for (value,) in iter_rows(rows, name)]
+        found = sorted({*split_of_row} - {None})
+        if found and None in split_of_row:
+            log(
+                "note",
+                f"column {name!r} is not used: {split_of_row.count(None):,} of its values name no "
+                f"split, the first in row {split_of_row.index(None) + 1}",
+            )
+        elif len(found) == 2:
+            raise Problem(
+                f"DATA = {DATA!r}: column {name!r} names {' and '.join(found)} alone. Add what is "
+                "missing of train, val and test, or remove this column to have the set cut into "
+                "the three."
+            )
+        elif len(found) == 3:  # a column that says train everywhere splits nothing
+            log("data", f"{DATA}: the split of each row is that in column {name!r}")
+            return select_splits(rows, np.array(split_of_row))
+    return None
+
+
+def select_splits(rows, split_of_row):
+    """Return {split: its rows}."""
+    return {split: rows.select(np.flatnonzero(split_of_row == split)) for split in SPLITS}
+
+
+def split_of(name):
+    """Return the split that a name stands for, or None."""
+    name = canonical_name(name).casefold()
+    return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
 
 
 def split_single_set(rows, names):
@@ -1611,66 +1494,47 @@ def split_single_set(rows, names):
     that a teacher made of the same set has not seen test. A text that occurs several times is in
     one split only. If texts are added, a few others move from one split to another.
     """
-    keys, first_rows, text_of_row = np.unique(
-        text_hashes(rows), return_index=True, return_inverse=True
-    )
-    labels = column_array(rows, "labels")[first_rows]
-    rare = []
-    split_of_text = np.full(len(keys), "train", dtype="<U5")
-    for label, name in enumerate(names):
-        of_label = np.flatnonzero(labels == label)  # in the order of their hashes
-        n_tenth = round(len(of_label) / 10)
-        split_of_text[of_label[:n_tenth]] = "val"
-        split_of_text[of_label[n_tenth : 2 * n_tenth]] = "test"
-        if 0 < len(of_label) < 10:
-            rare.append(f"{name} {len(of_label)}")
-    if rare:
+    table = hashed_texts(rows)
+    texts = table.drop_duplicates("text").sort_values("text")
+    by_label = texts.groupby("labels")["text"]
+    n_same_label = by_label.transform("size")
+    if n_same_label.min() < 10:
+        counts = [f"{names[label]} {count}" for label, count in by_label.size().items()]
         raise Problem(
-            f"DATA = {DATA!r}: cannot be cut into train, val and test: of {len(keys):,} different "
-            f"texts, these labels have fewer than ten: {short_list(rare)}. Give ten or more of "
-            "each label, or files of your own for train, val and test."
+            f"DATA = {DATA!r}: cannot be cut into train, val and test. Different texts: "
+            f"{short_list(counts)}. Give ten or more of each label, or files of your own for "
+            "train, val and test."
         )
-    log("data", f"{DATA} is one set: its texts are cut 80/10/10, each label in proportion")
-    split_of_row = split_of_text[text_of_row]
-    return {split: rows.select(np.flatnonzero(split_of_row == split)) for split in SPLITS}
-
-
-def text_hashes(rows):
-    """Return an integer for each text (or pair of texts), the same for texts that look the same."""
-    hashes = []
-    for part in iter_batches(rows, *text_columns()):
-        for texts in zip(*part.values(), strict=True):
-            hashes.append(text_key([unicodedata.normalize("NFKC", text).strip() for text in texts]))
-    return np.array(hashes, np.int64)
-
-
-def warn_if_labels_contradict(rows, split, names):
-    """Note texts that occur more than once, with different labels."""
-    hashes = text_hashes(rows)
-    labels = column_array(rows, "labels")
-    order = np.argsort(hashes, kind="stable")  # rows with the same text come one after the other
-    has_same_text = hashes[order][1:] == hashes[order][:-1]
-    is_contradiction = has_same_text & (labels[order][1:] != labels[order][:-1])
-    if not is_contradiction.any():
-        return
-    n_texts = len(np.unique(hashes[order][1:][is_contradiction]))
-    n_pairs = is_contradiction.sum()
-    pairs = []
-    for position in np.flatnonzero(is_contradiction)[:3]:
-        row, other = order[position], order[position + 1]
-        pairs.append(f"{row + 1} {names[labels[row]]} and {other + 1} {names[labels[other]]}")
-    log(
-        "note",
-        f"texts that occur in {split} more than once, with different labels: {n_texts:,}; rows "
-        f"{'; '.join(pairs)}{'; …' if n_pairs > 3 else ''}",
+    n_tenth = (n_same_label / 10).round()
+    position = by_label.cumcount()
+    texts["split"] = np.select(
+        [position < n_tenth, position < 2 * n_tenth], ["val", "test"], "train"
     )
+    split_of_row = table["text"].map(texts.set_index("text")["split"])
+    log("data", f"{DATA} is one set: its texts are cut 80/10/10, each label in proportion")
+    return select_splits(rows, split_of_row)
 
 
-def split_rows(rows, second_share, n_classes):
-    """Split rows at random into two parts, each label in the same proportion in both."""
-    rows = rows.cast_column("labels", datasets.ClassLabel(n_classes))
-    parts = rows.train_test_split(second_share, seed=SEED, stratify_by_column="labels")
-    return [part.cast_column("labels", datasets.Value("int64")) for part in parts.values()]
+def hashed_texts(rows):
+    """Return a DataFrame: labels; text, an integer, the same for texts that look the same."""
+    table = rows.select_columns("labels").to_pandas()
+    hashes = []
+    for texts in iter_rows(rows, *text_columns()):
+        hashes.append(text_key([unicodedata.normalize("NFKC", text).strip() for text in texts]))
+    table["text"] = hashes
+    return table
+
+
+def warn_if_labels_contradict(rows, split):
+    """Note texts that occur more than once, with different labels."""
+    table = hashed_texts(rows).drop_duplicates()
+    table = table[table.duplicated("text", keep=False)].sort_values("text", kind="stable")
+    if len(table):
+        log(
+            "note",
+            f"texts that occur in {split} more than once, with different labels: "
+            f"{table['text'].nunique():,}, in the rows {short_list(table.index + 1)}",
+        )
 
 
 def log_label_counts(splits, names):
@@ -1678,20 +1542,9 @@ def log_label_counts(splits, names):
     counts = np.bincount(column_array(splits["train"], "labels"), minlength=len(names))
     sizes = " · ".join(f"{split} {len(rows):,}" for split, rows in splits.items())
     by_label = [f"{count:,} {name}" for name, count in zip(names, counts, strict=True)]
-    if len(names) > 10:  # the most and the least frequent are enough
-        order = np.argsort(-counts, kind="stable")
-        by_label = [by_label[number] for number in order]
-        by_label = [f"{len(names)} labels: {', '.join(by_label[:3])}, …", *by_label[-3:]]
-    log("data", f"{DATA}: {sizes}; train has {', '.join(by_label)}")
-
-    absent = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    if len(absent) == len(names) - 1:
-        log(
-            "note",
-            f"all texts of train have one label, {names[counts.argmax()]}: there is nothing to "
-            "tell apart",
-        )
-    elif absent:
+    log("data", f"{DATA}: {sizes}; train has {short_list(by_label)}")
+    absent = [names[label] for label in np.flatnonzero(counts == 0)]
+    if absent:
         log(
             "note",
             f"no text of train has the label {short_list(absent)}: of it the student sees the "
@@ -1699,246 +1552,58 @@ def log_label_counts(splits, names):
         )
 
 
-def read_splits(known_labels):
-    """Return the splits of DATA as they are stored: train, val and test, or "the set" alone."""
-    path = Path(DATA)
-    if DATA == "tests/sample" and not path.exists():  # started from another folder
-        path = Path(__file__).resolve().parent / DATA
-    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
-
-    # one file
-    if path.is_file():
-        if file_kind(path) == ".txt":
-            raise Problem(
-                f"DATA = {DATA!r}: a .txt file has no labels. Accepted are "
-                f"{', '.join(LABELED_KINDS)}; texts without labels are named in UNLABELED."
-            )
-        rows = read_file(path, columns, known_labels, with_split_column=True)
-        return split_by_column(rows, columns) or {"the set": rows}
-
-    # a folder of files, or a data set of the datasets library
-    files = labeled_files(path) if path.is_dir() else {}
-    is_saved_dataset = path.is_dir() and {"state.json", "dataset_dict.json"} & set(os.listdir(path))
-    if path.is_dir() and not is_saved_dataset:
-        if not files and (path / "data").is_dir():  # as the hub lays it out
-            path = path / "data"
-            files = labeled_files(path)
-        refuse_duplicate_splits(files)
-        if DATA != "tests/sample":
-            report_unread_files(DATA, path, [file for group in files.values() for file in group])
-        splits = {}
-        for split, group in files.items():
-            splits[split] = read_files(group, columns, known_labels)
-        return all_splits(splits, list(files) or sorted(os.listdir(path)))
-
-    loaded = load_dataset_from_library(path, files)
-    if isinstance(loaded, dict) and len(loaded) == 1:
-        loaded = next(iter(loaded.values()))
-    if not isinstance(loaded, dict):
-        return split_by_column(loaded, columns) or {"the set": loaded}
-    groups = defaultdict(list)
-    for name in loaded:
-        if name in SPLIT_OF:
-            groups[SPLIT_OF[name]].append(name)
-    refuse_duplicate_splits(groups)
-    return all_splits({split: loaded[group[0]] for split, group in groups.items()}, [*loaded])
-
-
-def all_splits(splits, found):
-    """Return train, val and test, in this order; Problem if one is missing among those found."""
-    missing = [" or ".join(names) for split, names in SPLITS.items() if split not in splits]
-    if missing:
-        raise Problem(
-            f"DATA = {DATA!r}: has no {', no '.join(missing)} (found: "
-            f"{short_list(found) or 'nothing'}). Add it ({', '.join(LABELED_KINDS)}), or set DATA "
-            "to one single file, which is cut into the three."
-        )
-    return {split: splits[split] for split in SPLITS}
-
-
-def split_by_column(rows, columns):
-    """Return {split: rows} if a column of one data set names the split of each row; else None.
-
-    columns: those that are something else. Raise Problem if a split is missing.
-    """
-    # only columns of texts and of classes are looked at: pictures may be paths to other files
-    readable = []
-    for name, kind in rows.features.items():
-        if getattr(kind, "dtype", None) in TEXT_TYPES or isinstance(kind, datasets.ClassLabel):
-            readable.append(name)
-    if not readable:
-        return None
-    head = rows.select(range(min(len(rows), HEAD_ROWS))).select_columns(readable).to_list()
-    for name in split_candidates(with_class_names(head, rows.features), columns):
-        row_numbers = defaultdict(list)
-        n_rows = 0
-        for part in iter_batches(rows, name):
-            for row in with_class_names([{name: value} for value in part[name]], rows.features):
-                value = row[name]
-                split = SPLIT_NAMES[canonical_split(value)] if is_split_name(value) else None
-                row_numbers[split].append(n_rows)
-                n_rows += 1
-        if None in row_numbers:
-            others = row_numbers[None]
-            log(
-                "note",
-                f"column {show_name(name)} is not used: {len(others):,} of its values name no "
-                f"split, the first in row {others[0] + 1}",
-            )
-        elif len(row_numbers) > 1:  # a column that says train everywhere splits nothing
-            missing = [split for split in SPLITS if split not in row_numbers]
-            if missing:
-                raise Problem(
-                    f"DATA = {DATA!r}: column {show_name(name)} names {', '.join(row_numbers)}, "
-                    f"but no {', no '.join(missing)}. Add them, or remove this column to have the "
-                    "set cut into the three."
-                )
-            log("data", f"{DATA}: the split of each row is that in column {show_name(name)}")
-            return {split: rows.select(row_numbers[split]) for split in SPLITS}
-    return None
-
-
-def split_candidates(head, columns):
-    """Return the columns of some rows, dicts, that name a split in one of them at least."""
-    others = {canonical_name(column) for column in columns}
-    candidates = []
-    for row in head:
-        for name, value in row.items():
-            is_new = name not in candidates and canonical_name(str(name)) not in others
-            if is_new and is_split_name(value):
-                candidates.append(name)
-    return candidates
-
-
-def with_class_names(rows, features):
-    """Return rows, dicts, with the names of ClassLabels in place of their numbers."""
-    named_rows = []
-    for row in rows:
-        named = dict(row)
-        for name, value in row.items():
-            names = getattr(features[name], "names", None)
-            if names and value is not None:  # -1: none of them
-                named[name] = names[value] if 0 <= value < len(names) else None
-        named_rows.append(named)
-    return named_rows
-
-
-def is_split_name(value):
-    return isinstance(value, str) and canonical_split(value) in SPLIT_NAMES
-
-
-def canonical_split(value):
-    return canonical_name(value).casefold()
-
-
-def read_files(files, columns, known_labels):
-    """Return what `read_file` returns for one file, or the rows of all shards of a set."""
-    if len(files) == 1:
-        return read_file(files[0], columns, known_labels)
-    parts = [take_columns(file, columns, read_file(file, columns, known_labels)) for file in files]
-    with as_problem(
-        f"DATA = {DATA!r}: {short_list([file.name for file in files])} do not fit together",
-        "Write the columns of all parts in one type",
-    ):
-        return datasets.concatenate_datasets(parts)
-
-
-def load_dataset_from_library(path, files):
-    """Return the Dataset or DatasetDict in a save_to_disk folder, or of a hub name.
-
-    files: data files in the same folder, by split. There must be none.
-    """
-    if files:
-        names = ", ".join(file.name for group in files.values() for file in group)
-        raise Problem(
-            f"DATA = {DATA!r}: is a save_to_disk folder that also holds {names}. Keep the one or "
-            "the other."
-        )
-    advice = (
-        f"Name a folder with train, val and test files ({', '.join(LABELED_KINDS)}), a single "
-        "file, or a hub data set (with a configuration: org/name:configuration)"
-    )
-    is_file_name = "/" not in DATA and file_kind(path) in LABELED_KINDS
-    if not path.is_dir() and (looks_like_path(DATA) or is_file_name):
-        raise Problem(f"DATA = {DATA!r}: no such file or folder. {advice}.")
-    with as_problem(f"DATA = {DATA!r}: no such file or folder, and no data set to load", advice):
-        forbid_outside_paths(path)
-        if path.is_dir():
-            loaded = datasets.load_from_disk(DATA)
-        else:
-            name, _, configuration = DATA.partition(":")
-            loaded = datasets.load_dataset(name, configuration or None)
-    return loaded.with_format(None)  # a format such as "torch" was for its last user
-
-
-def labeled_files(folder):
-    """Return {split: its files} by their names; more than one only if they are shards.
-
-    Names are those of the splits. Where no file has such a name, those that begin with one count:
-    train-v1.1.json, or train-00000-of-00002.parquet, a shard of a hub data set.
-    """
-    exact, longer = defaultdict(list), defaultdict(list)
-    for file in sorted(folder.iterdir()):
-        if file_kind(file) not in LABELED_KINDS or file.name.startswith("."):
-            continue
-        stem = file.name.lower().removesuffix(".gz").removesuffix(file_kind(file))
-        if stem in SPLIT_OF:
-            exact[SPLIT_OF[stem]].append(file)
-        elif (first_word := re.split(r"[-_.]", stem)[0]) in SPLIT_OF:
-            longer[SPLIT_OF[first_word]].append(file)
-    if not exact:
-        for split, group in longer.items():
-            log("data", f"{split} is {short_list([file.name for file in group])}")
-    for split in exact and longer.keys() - exact.keys():
-        raise Problem(
-            f"DATA = {DATA!r}: {longer[split][0].name} would be {split}, but is not read beside "
-            f"{next(iter(exact.values()))[0].name}, which has the exact name of a split. Name all "
-            "files alike."
-        )
-    return exact or longer
-
-
-def are_shards(files):
-    """Whether files are all the shards of one set, each once; Problem if one is missing."""
-    pattern = r"(.+)-(\d{5})-of-(\d{5})(-\w+)?\.\w+(\.gz)?"  # older names end in a hash
-    matches = [re.fullmatch(pattern, file.name) for file in files]
-    if not all(matches):
-        return False
-    if len({(match[1], match[3]) for match in matches}) > 1:  # name, number of shards
-        return False
-    name, n_shards = matches[0][1], int(matches[0][3])
-    numbers = [int(match[2]) for match in matches]
-    missing = sorted({*range(n_shards)} - {*numbers})
-    if missing:
-        raise Problem(
-            f"DATA = {DATA!r}: {name} has the parts 0 to {n_shards - 1}; missing: "
-            f"{short_list(list(map(str, missing)))}. Add what is missing."
-        )
-    return len(numbers) == n_shards
-
-
-def report_unread_files(name, folder, files):
-    """Say which files of a data folder are not read; hidden files do not count."""
-    unread = sorted(file.name for file in {*folder.iterdir()} - {*files})
-    unread = [file_name for file_name in unread if not file_name.startswith(".")]
-    if files and unread:
-        verb = "is" if len(unread) == 1 else "are"
-        log("data", f"{name}: {short_list(unread)} {verb} not read")
-
-
-def refuse_duplicate_splits(groups):
-    """Raise Problem if more than one file, or split of a data set, is for train, val or test."""
-    for split, members in groups.items():
-        is_one_set = isinstance(members[0], Path) and are_shards(members)
-        if len(members) > 1 and not is_one_set:
-            names = [member.name if isinstance(member, Path) else member for member in members]
-            raise Problem(
-                f"DATA = {DATA!r}: {' and '.join(names)} are both for {split}. Keep one of them."
-            )
-
-
 def text_columns():
     return [TEXT_COLUMN, TEXT_PAIR_COLUMN] if TEXT_PAIR_COLUMN else [TEXT_COLUMN]
+
+
+def take_columns(setting, name, columns, rows):
+    """Return these columns of a part of DATA or UNLABELED, under the names of the settings.
+
+    Raise Problem if one is missing or holds something else, or if there are no rows.
+    """
+    where = f"{setting} = {globals()[setting]!r}: {name}"
+    spelled = find_columns(where, columns, rows.column_names)
+    rows = rows.select_columns(spelled).rename_columns(dict(zip(spelled, columns, strict=True)))
+    if len(rows) == 0:
+        raise Problem(f"{where} has no rows. Add some.")
+    for column, kind in rows.features.items():
+        # Features of other kinds are not read: a picture may be a path, which datasets would open.
+        if column == SOFT_LABELS_COLUMN:
+            kind = getattr(kind, "feature", kind)  # of the members of a list
+        accepted = TEXT_TYPES
+        if column not in text_columns():
+            accepted += "int", "uint", "float", "bool"
+        if getattr(kind, "dtype", "").rstrip("0123456789") not in accepted:
+            raise Problem(
+                f"{where}: column {column} holds {kind}. Accepted are texts, for labels also "
+                f"numbers, for soft labels lists of numbers. {COLUMN_ADVICE}."
+            )
+    return rows
+
+
+def find_columns(where, columns, found):
+    """Return the names that columns have among those found; Problem for none, or several.
+
+    A name is looked up as it is written, then without spaces around it and in one Unicode form.
+    """
+    spelled = []
+    for column in columns:
+        alike = [name for name in found if canonical_name(name) == canonical_name(column)]
+        matches = [name for name in alike if name == column] or alike
+        if len(matches) != 1:
+            raise Problem(
+                f"{where} has {'several columns' if matches else 'no column'} {column} among "
+                f"{found!s:.300}. {COLUMN_ADVICE}."
+            )
+        spelled += matches
+    return spelled
+
+
+def join_rows(setting, parts):
+    """Return the rows of several parts of DATA or UNLABELED as one Dataset."""
+    where = f"{setting} = {globals()[setting]!r}: its parts do not fit together"
+    with as_problem(where, "Write the columns of all parts in one type"):
+        return datasets.concatenate_datasets(parts)
 
 
 def iter_batches(rows, *columns):
@@ -1946,180 +1611,150 @@ def iter_batches(rows, *columns):
     return rows.select_columns([*columns]).with_format(None).iter(ROWS_PER_PART)
 
 
+def iter_rows(rows, *columns):
+    """Yield the values that each row has in these columns, a tuple."""
+    for part in iter_batches(rows, *columns):
+        yield from zip(*part.values(), strict=True)
+
+
 def column_array(rows, name):
     """Return a column of numbers as one array."""
-    parts = [np.asarray(part[name]) for part in iter_batches(rows, name)]
-    return np.concatenate(parts) if parts else np.array([], int)
+    return rows.select_columns(name).with_format("numpy")[:][name]
 
 
-def read_file(path, columns, known_labels=frozenset(), with_split_column=False):
-    """Return a data file as a Dataset: these columns, strings exactly as the file has them.
+def read_part(part, columns, known_labels=frozenset()):
+    """Return a data file as a Dataset of strings, exactly as the file has them.
 
-    Columns of a .parquet keep their own names and types; `take_columns` renames them. If
-    with_split_column, columns that may name splits are read, too (see `split_by_column`).
-
-    The file is UTF-8 with or without BOM, UTF-16 with BOM, or CP932 (Japanese Excel). Problem,
-    with the line, where it is not certain what the rows and fields are.
-    known_labels: the teacher's label names, by which a row is told from a line of a text.
+    Of a .parquet it has the columns that are needed, with their types. Raise Problem, with the
+    line, where it is not certain what the rows are.
+    part: the path of the file, or a Dataset, which is returned as it is.
+    columns: those that it must have. known_labels: see `csv_rows`.
     """
-    kind = file_kind(path)
-    with as_problem(f"{path}: cannot be read", read_advice):
-        if kind == ".parquet" and path.suffix.lower() == ".gz":
-            raise Problem(f"{path}: a .parquet is not read as .gz. Unpack it.")
-        if kind == ".parquet":
-            return read_parquet(path, columns, with_split_column)
-        if kind not in ROW_READERS:
-            raise ValueError(f"its kind, {kind!r}, is not known")
-
-        def read(encoding):
-            names = columns
-            if with_split_column:
-                names = [*columns, *split_candidates(read_head(path, encoding), columns)]
-            return write_rows(ROW_READERS[kind](path, encoding, names, known_labels), names)
-
-        try:
-            return read("utf-8-sig")
-        except UnicodeDecodeError:
-            encoding = other_encoding(path)
-            log("data", f"{path} is not UTF-8: it is read as {encoding.upper()}")
-            return read(encoding)
-
-
-def read_head(path, encoding):
-    """Return the first rows of a .csv, .tsv, .json or .jsonl, dicts, as far as they can be read."""
-    kind = file_kind(path)
-    rows = []
-    with open_text(path, encoding, newline="") as file, contextlib.suppress(csv.Error, Problem):
-        if kind in (".csv", ".tsv"):
-            reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
-            unique = {
-                name for name in reader.fieldnames or () if reader.fieldnames.count(name) == 1
-            }
-            for row in itertools.islice(reader, HEAD_ROWS):
-                rows.append({name: value for name, value in row.items() if name in unique})
-            return rows
-        first_line = next((line.strip() for line in file if line.strip()), "")
-        file.seek(0)
-        values = json_lines(path, file)
-        if first_line.startswith("["):
-            values = enumerate(json_list(path, file), 1)
-        for _, row in itertools.islice(values, HEAD_ROWS):
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
-
-
-def read_parquet(path, columns, with_split_column):
-    """Return these columns of a .parquet, under their names in the file; no others are read."""
-    file = pyarrow.parquet.ParquetFile(path)
-    if file.metadata.num_rows == 0:
-        raise ValueError("it has no rows")
-    schema = file.schema_arrow
-    names = [*find_columns(path, columns, schema.names).values()]
-    if with_split_column:
-        readable = []
-        for field in schema:
-            if str(field.type) in TEXT_TYPES or pyarrow.types.is_dictionary(field.type):
-                readable.append(field.name)
-        head = next(file.iter_batches(HEAD_ROWS, columns=readable)).to_pylist()
-        names += split_candidates(head, names)
-    needed = pyarrow.schema([schema.field(name) for name in names], metadata=schema.metadata)
-    return datasets.load_dataset(
-        "parquet",
-        data_files=glob.escape(str(path)),
-        columns=names,
-        features=datasets.Features.from_arrow_schema(needed),
-        split="train",
-        cache_dir=str(scratch_folder()),
-    )
-
-
-def read_advice(reason):
-    """Return what to do if a data file cannot be read."""
-    if "Not a gzipped file" in reason:
-        return "Its name ends in .gz, but it is not compressed: remove .gz from its name"
-    return (
-        f"Accepted are {', '.join(LABELED_KINDS)}, for UNLABELED also .txt; all but .parquet also "
-        "as .gz; with at least one row; in UTF-8, UTF-16 with BOM or CP932"
-    )
-
-
-def write_rows(rows, columns):
-    """Write rows, an iterator over lists of strings or None, to a file; return it as a Dataset."""
-    path = scratch_folder() / f"rows-{time.monotonic_ns()}.arrow"
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in columns])
-    n_rows = 0
-    with (
-        pyarrow.OSFile(str(path), "wb") as file,
-        pyarrow.ipc.new_stream(file, schema) as stream,
+    if isinstance(part, datasets.Dataset):
+        return part
+    with as_problem(
+        f"{part}: cannot be read",
+        f"Accepted are {', '.join(FILE_KINDS)}, for UNLABELED also .txt; all but .parquet also as "
+        ".gz; in UTF-8, UTF-16 with BOM or CP932",
     ):
+        kind = file_kind(part)
+        if kind == ".parquet":
+            return write_rows(*parquet_batches(part, columns))
+        with open_text(part) as file:
+            if kind in (".csv", ".tsv"):
+                rows = csv_rows(part, file, known_labels)
+            elif kind in (".json", ".jsonl"):
+                rows = json_rows(part, file)
+            elif kind == ".txt":
+                texts = ({TEXT_COLUMN: line.rstrip("\r\n")} for line in file)
+                rows = itertools.chain([[TEXT_COLUMN]], texts)
+            else:
+                raise ValueError(f"its name ends in {kind!r}")
+            header = next(rows)
+            find_columns(part, columns, header)
+            return write_rows(*text_batches(rows, header))
+
+
+def write_rows(schema, batches):
+    """Write Arrow batches to a file in CACHE; return it as a Dataset."""
+    path = str(scratch_folder() / f"rows-{time.monotonic_ns()}.arrow")
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    return datasets.Dataset.from_file(path)
+
+
+def text_batches(rows, header):
+    """Return (schema, Arrow batches) of rows, {column: string or None}."""
+    # which of two columns with one name is meant is not certain
+    names = [name for name in header if header.count(name) == 1]
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+
+    def batches():
         while part := list(itertools.islice(rows, 1000)):
-            arrays = [string_array(values) for values in zip(*part, strict=True)]
-            stream.write_batch(pyarrow.record_batch(arrays, schema=schema))
-            n_rows += len(part)
-    if n_rows == 0:
-        raise ValueError("it has no rows")
-    return datasets.Dataset.from_file(str(path))
+            yield pyarrow.RecordBatch.from_pylist(part, schema)
+
+    return schema, batches()
 
 
-def string_array(values):
-    """Return an Arrow array; strings that UTF-8 cannot hold become None, and are refused later."""
-    try:
-        return pyarrow.array(values, pyarrow.string())
-    except UnicodeEncodeError:
-        valid = [value if value and is_encodable(value) else None for value in values]
-        return pyarrow.array(valid, pyarrow.string())
+def parquet_batches(path, columns):
+    """Return (schema, Arrow batches) of these columns of a .parquet, and of any that name splits.
+
+    No others are read.
+    """
+    file = pyarrow.parquet.ParquetFile(path)
+    schema = file.schema_arrow
+    names = find_columns(path, columns, schema.names)
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        holds_text = str(kind) in TEXT_TYPES or pyarrow.types.is_dictionary(kind)
+        if holds_text and name not in names:
+            first_rows = next(file.iter_batches(100, columns=[name]), {name: []})
+            if any(split_of(str(value)) for value in first_rows[name]):
+                names.append(name)
+    fields = [schema.field(name) for name in names]
+    batches = (batch.select(names) for batch in file.iter_batches(1000, columns=names))
+    return pyarrow.schema(fields, schema.metadata), batches
 
 
-def other_encoding(path):
-    """Return the encoding of a file that is not UTF-8; Problem where it might be another."""
+def open_text(path):
+    """Open a file, also a .gz, as text; its line ends stay as they are."""
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"  # whatever its name ends in
+    open_file = gzip.open if is_gzip else open
+    with open_file(path, "rb") as file:
+        encoding = text_encoding(path, file)
+    return open_file(path, "rt", encoding=encoding, newline="")
 
-    def suspect(encoding):
-        return Problem(
-            f"{path}: cannot be read: it is not UTF-8; it may be {encoding}. Save it as UTF-8."
-        )
 
-    with open_bytes(path) as file:
-        content = file.read()
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+def text_encoding(path, file):
+    """Return the encoding of a file: UTF-8, UTF-16 with BOM or CP932 (Japanese Excel).
+
+    ValueError for any other. file: it, open for bytes; it is read line by line.
+    """
+    start = file.read(4)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-
-    # UTF-8 with a few damaged characters: most of its other characters decode. If CP932 is decoded
-    # as UTF-8, hardly any does.
-    as_utf8 = content.decode("utf-8", "replace")
-    n_damaged = as_utf8.count("\ufffd")
-    n_ascii = sum(len(part) for part in re.findall("[\0-\x7f]+", as_utf8))
-    if len(as_utf8) - n_ascii - n_damaged > n_damaged:
-        line = as_utf8.count("\n", 0, as_utf8.index("\ufffd")) + 1
-        raise Problem(
-            f"{path}: cannot be read: it is UTF-8, but line {line} holds bytes that are no "
-            "character. Correct this line."
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        # JIS (ISO-2022-JP) is all ASCII and would pass for UTF-8. These are its marks before kanji
+        # and kana; the mark of the way back, "\x1b(B", also occurs in what a terminal has printed.
+        jis = re.search(rb"\x1b(\$[@B(]|\([IJ])", line)
+        fault = jis.start() if jis else utf8_fault(line)
+        if fault is None:
+            continue
+        if not jis and is_japanese_cp932(file):
+            log("data", f"{path} is not UTF-8: it is read as CP932")
+            return "cp932"
+        raise ValueError(
+            f"it is neither UTF-8 nor Japanese CP932: in line {number} are the bytes "
+            f"{line[fault : fault + 8]!r}; it begins with {start!r}"
         )
+    return "utf-8-sig"
 
-    if content.count(b"\0") > len(content) / 10:
-        raise suspect("UTF-16 without its mark (BOM)")
 
-    # Much EUC-JP decodes as CP932, to other characters; hardly any CP932 decodes as EUC-JP.
-    for encoding in "euc_jp", "euc_jis_2004":
-        with contextlib.suppress(UnicodeDecodeError):
-            content.decode(encoding)
-            raise suspect("EUC-JP")
+def utf8_fault(line):
+    """Return the position of the first byte that is not UTF-8, or None."""
     try:
-        text = content.decode("cp932")
+        line.decode()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise Problem(
-            f"{path}: cannot be read: it is neither UTF-8 nor CP932: line {line} holds bytes that "
-            "are no character. Save it as UTF-8."
-        ) from None
+        return error.start
 
-    # English from Windows may decode as CP932, too: the apostrophe of "don't" and the letter after
-    # it become one kanji. In Japanese hardly any character stands alone after a Latin letter.
-    n_words = len(re.findall(r"[^\x00-\x7f]+", text))
-    lone_characters = rb"(?<=[A-Za-z])[\x81-\x9f\xe0-\xfc][A-Za-z](?![\x80-\xff])"
-    if len(re.findall(lone_characters, content)) > n_words / 2:
-        raise suspect("Windows-1252")
-    return "cp932"
+
+def is_japanese_cp932(file):
+    """Whether a file, open for bytes, is a Japanese text in CP932.
+
+    Most bytes are characters in CP932, so the text must look Japanese: a fifth of what is not ASCII
+    must be kana. Of EUC-JP and Windows-1252 hardly any would be.
+    """
+    file.seek(0)
+    n_kana = n_others = 0
+    for line in file:
+        text = line.decode("cp932", "replace")
+        n_kana += len(re.findall("[ぁ-ヶー]", text))
+        n_others += len(re.findall(r"[^\x00-\x7f]", text))
+        if "\ufffd" in text:
+            return False
+    return 5 * n_kana > n_others
 
 
 def file_kind(path):
@@ -2127,343 +1762,159 @@ def file_kind(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def open_bytes(path):
-    """Open a file, or what gzip has packed in a .gz, to read bytes."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
-
-
-def open_text(path, encoding, newline=None):
-    """Open a file as `open` does, also a .gz.
-
-    Problem for JIS (ISO-2022-JP), which is all ASCII and would pass for UTF-8.
-    """
-    with open_bytes(path) as file:
-        end = b""
-        while part := file.read(1 << 20):
-            # the marks before kanji and kana; the mark of the way back, "\x1b(B", also occurs in
-            # what a terminal has printed
-            if re.search(rb"\x1b(\$[@B(]|\([IJ])", end + part):
-                raise Problem(f"{path}: cannot be read: it is JIS (ISO-2022-JP). Save it as UTF-8.")
-            end = part[-2:]
-    return io.TextIOWrapper(open_bytes(path), encoding, newline=newline)
-
-
-def csv_rows(path, encoding, columns, known_labels):
-    """Yield the rows of a .csv or .tsv file, as the csv module reads them in strict mode.
+def csv_rows(path, file, known_labels):
+    """Yield the header and the rows of a .csv or .tsv, as the csv module reads them in strict mode.
 
     Problem for a row with more or fewer fields than the header, and for a quotation mark that
     seems to open a field by mistake: every row up to the next mark would end up in that field.
+    known_labels: the teacher's label names, by which a row is told from a line of a text.
     """
     separator = "\t" if file_kind(path) == ".tsv" else ","
-    character = "tab" if separator == "\t" else "comma"
-    advice = (
-        f'A text with a {character}, a line break or a " in it must stand in quotes, and a " in it '
-        "be written twice"
-    )
     csv.field_size_limit(sys.maxsize)
-    seen_labels = set()
-    spanning = []  # of each row over several lines: (its first line, its content)
-    with open_text(path, encoding, newline="") as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
-        try:
-            header = next(reader, None)
-            if header is None:
-                raise ValueError("it has no rows")
-            has_labels = LABEL_COLUMN in columns
-            positions = column_positions(path, header, columns)
-            label_position = positions[columns.index(LABEL_COLUMN)] if has_labels else None
-            last_line = reader.line_num
-            for fields in reader:
-                first_line, last_line = last_line + 1, reader.line_num
-                if not fields:  # an empty line
-                    continue
-                if fields == header:
-                    raise Problem(f"{path}, line {first_line}: the header once more. Remove it.")
-                if len(fields) != len(header):
-                    raise Problem(
-                        f"{path}, line {first_line}: {len(fields)} fields, but the header has "
-                        f"{len(header)}. {advice}."
-                    )
-                if last_line > first_line:
-                    spanning.append((first_line, separator.join(fields)))
-                if has_labels:
-                    seen_labels.add(fields[label_position])
-                yield [fields[position] for position in positions]
-        except csv.Error:
-            raise Problem(
-                f"{path}, line {last_line + 1}: a quote opens here that does not close at the end "
-                f"of a field. {advice}."
-            ) from None
+    reader = csv.reader(file, delimiter=separator, strict=True)
+
+    def fault(line, what):
+        return Problem(
+            f'{path}, line {line}: {what}. A text with {separator!r}, a line break or a " in it '
+            'must stand in quotes, and a " in it be written twice.'
+        )
+
+    labels = {*known_labels}
+    spanning = {}  # rows over several lines: {number of the first line: content}
+    line = 1  # the first of the next row
+    try:
+        header = next(reader, [])
+        is_label = [canonical_name(name) == canonical_name(LABEL_COLUMN) for name in header]
+        yield header
+        line = reader.line_num + 1
+        for fields in reader:
+            first_line, line = line, reader.line_num + 1
+            if not fields:  # an empty line
+                continue
+            if fields == header:
+                raise fault(first_line, "the header once more")
+            if len(fields) != len(header):
+                raise fault(first_line, f"{len(fields)} fields, but the header has {len(header)}")
+            if line > first_line + 1:
+                spanning[first_line] = separator.join(fields)
+            labels.update(itertools.compress(fields, is_label))
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error:
+        raise fault(line, "a quote opens here that does not close at the end of a field") from None
 
     # One line of a row over several lines, its first or its last, looks like a row by itself. If
     # more lines do, with labels in the right place, they are rows that a quote has swallowed.
-    def is_row(line):
-        fields = line.split(separator)
-        if len(fields) != len(header):
-            return False
-        if separator == "\t" or not has_labels:
-            return True
-        label = fields[label_position].strip()
-        return label in labels or len(labels) < 2
+    def is_row(content):
+        fields = content.split(separator)
+        if len(fields) != len(header) or separator == "\t" or len(labels) < 2:
+            return len(fields) == len(header)
+        return labels.issuperset(map(str.strip, itertools.compress(fields, is_label)))
 
-    labels = seen_labels | known_labels
-    for first_line, content in spanning:
-        if sum(is_row(line) for line in re.split("[\r\n]+", content)) > 1:
-            raise Problem(
-                f"{path}, line {first_line}: a quote opens here and takes the rows below into its "
-                f"text. {advice}; if this text does go over these lines, save the file as .jsonl."
+    for line, content in spanning.items():
+        if sum(map(is_row, re.split("[\r\n]+", content))) > 1:
+            raise fault(
+                line,
+                "a quote opens here and takes the rows below into its text (if this text does go "
+                "over these lines, save the file as .jsonl)",
             )
     if spanning:
         log(
             "data",
             f"{path}: {len(spanning):,} rows go over several lines, in quotes; the first from line "
-            f"{spanning[0][0]}",
+            f"{min(spanning)}",
         )
 
 
-def column_positions(path, header, columns):
-    """Return the positions of these columns in a header; Problem if one is missing or doubled."""
-    for name in columns:
-        if header.count(name) > 1:
-            raise Problem(
-                f"{path} has more than one column {name!r}. Rename or remove all but one."
-            )
-    spelled = find_columns(path, columns, header)
-    return [header.index(spelled[name]) for name in columns]
+def json_rows(path, file):
+    """Yield the columns and rows of a .json or .jsonl: a list of objects, or one in each line."""
+    is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
 
+    def fault(where, what):
+        return Problem(
+            f"{path}, {where}: {what}. Accepted are one object in each line, such as "
+            f'{{"{TEXT_COLUMN}": …}}, or a list of them, with a comma between two.'
+        )
 
-def take_columns(where, columns, rows):
-    """Return these columns of a data set, under the names of the settings."""
-    spelled = find_columns(where, columns, rows.column_names)
-    rows = rows.select_columns([*spelled.values()])
-    return rows.rename_columns({name: column for column, name in spelled.items() if name != column})
-
-
-def find_columns(where, columns, found):
-    """Return {column: its name among those found}; Problem if one is missing.
-
-    A name is looked up as it is written, then without spaces around it and in one Unicode form.
-    """
-    spelled = {}
-    for column in columns:
-        alike = [name for name in found if canonical_name(str(name)) == canonical_name(column)]
-        if column in found:
-            spelled[column] = column
-        elif len(alike) == 1:
-            spelled[column] = alike[0]
-        elif alike:
-            raise Problem(
-                f"{where} has the columns {' and '.join(map(show_name, alike))}, which differ only "
-                f"in spaces or in Unicode form; {column} may be either. Rename one."
-            )
-    refuse_missing_columns(where, [name for name in columns if name not in spelled], found)
-    return spelled
-
-
-def show_name(name):
-    """Return the name of a column as a message shows it: quoted if one would not see all of it."""
-    name = str(name)
-    is_plain = name and name == name.strip() and name.isprintable()
-    return name if is_plain else repr(name)
-
-
-def refuse_missing_columns(where, missing, found):
-    """Raise Problem, with the columns that were found, if there are missing ones."""
-    if not missing:
-        return
-    names = ", ".join(map(show_name, found))
-    if len(names) > 300:
-        names = f"{names[:300]}…"
-    hint = "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN"
-    if isinstance(where, Path) and file_kind(where) in (".csv", ".tsv"):
-        hint += ". The first line of the file must hold the names of its columns"
-    if len(found) == 1 and re.search("[,;\t]", str(*found)):
-        hint = "The fields of a .csv are separated by commas, those of a .tsv by tabs"
-    what = f"its columns are {names}" if names else "its first line is empty"
-    raise Problem(f"{where} has no column {', '.join(missing)}; {what}. {hint}.")
-
-
-def json_rows(path, encoding, columns, known_labels):
-    """Yield the rows of a .json or .jsonl file: a list of objects, or one object per line."""
-    with open_text(path, encoding) as file:
-        first_line = next((line.strip() for line in file if line.strip()), "")
+    def objects():
         file.seek(0)
-        if first_line.startswith("["):
-            unit, objects = "row", enumerate(json_list(path, file), 1)
-        else:
-            unit, objects = "line", json_lines(path, file)
+        lines = [file.read()] if is_list else file
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                raise fault(
+                    f"line {number + error.lineno - 1}", f"not JSON ({error.msg})"
+                ) from None
+            yield from value if is_list else [value]
 
-        unseen = set(columns)  # columns that no row has had so far
-        keys = {name: name for name in columns}  # column → its name in the file
-        first_names = ()
-        for number, row in objects:
-            where = f"{path}, {unit} {number}"
-            if not isinstance(row, dict):
-                fields = ", ".join(f'"{name}": …' for name in columns)
-                raise Problem(f"{where}: no object. Accepted is one such as {{{fields}}}.")
-            absent = [name for name in columns if name not in row and keys[name] not in row]
-            if unseen or absent:
-                for name in absent:
-                    matches = [key for key in row if canonical_name(key) == canonical_name(name)]
-                    if len(matches) == 1:
-                        keys[name] = matches[0]
-                unseen = {name for name in unseen if keys[name] not in row}
-                first_names = first_names or row.keys()
-            values = [row.get(name, row.get(keys[name])) for name in columns]
-            for value in values:
-                if type(value) is not str:  # the rare case, kept out of the common one
-                    pairs = zip(values, columns, strict=True)
-                    values = [json_text(where, value, name) for value, name in pairs]
-                    break
-            yield values
-        if first_names:
-            missing = [name for name in columns if name in unseen]
-            refuse_rows_in_a_field(path, row, missing)
-            find_columns(path, missing, list(first_names))
+    names = {}
+    for number, row in enumerate(objects(), 1):
+        if not isinstance(row, dict):
+            raise fault(f"row {number}", f"{row!r:.40} is no object")
+        names |= dict.fromkeys(row)
+    yield [*names]
+    for row in objects():
+        yield {name: json_text(value, name) for name, value in row.items()}
 
 
-def refuse_rows_in_a_field(path, row, missing):
-    """Raise Problem if a JSON object without the columns has a field that is a list of rows."""
-    for key, value in row.items():
-        if missing and isinstance(value, list) and value and isinstance(value[0], dict):
-            raise Problem(
-                f"{path} has no column {', '.join(missing)}, but a field {key!r} that is a list of "
-                "objects. Write this list alone into the file."
-            )
+def json_text(value, name):
+    """Return a value of a JSON object as text; None for null, and for a text that is not one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, str):
+        return value if is_encodable(value) else None
+    is_text_column = canonical_name(name) in map(canonical_name, text_columns())
+    return None if is_text_column else label_text(value)
 
 
-def json_text(where, value, name):
-    """Return a field of a JSON object: a text, or a label as text; None if it is neither."""
-    if name == SOFT_LABELS_COLUMN and isinstance(value, list):
-        return json.dumps(value)
-    if name == SOFT_LABELS_COLUMN and isinstance(value, dict):
-        raise Problem(
-            f"{where}: {name} is an object; accepted is a list of probabilities such as [0.1, "
-            "0.9], in the order of the labels."
-        )
-    is_needed = name in (*text_columns(), LABEL_COLUMN)
-    if isinstance(value, dict | list) and is_needed:
-        raise Problem(
-            f"{where}: many values in {name}, where one is accepted. Write an object for each row; "
-            "with pandas: to_json(path, orient='records', lines=True)."
-        )
-    if isinstance(value, str) or value is None:
-        return value
-    return label_text(value) if name == LABEL_COLUMN else None
-
-
-def json_list(path, file):
-    """Return the list that a .json file holds."""
-    try:
-        return json.load(file)
-    except json.JSONDecodeError as error:
-        raise Problem(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}). Accepted are one object per "
-            "line, or a list of objects with a comma between them and none after the last."
-        ) from None
-
-
-def json_lines(path, file):
-    """Yield (line number, value) for each line that is not empty."""
-    decode = json.JSONDecoder().raw_decode
-    for number, line in enumerate(file, 1):
-        line = line.strip(" \t\r\n")
-        if not line:
-            continue
-        try:
-            value, end = decode(line)
-        except json.JSONDecodeError as error:
-            raise Problem(
-                f"{path}, line {number}: not a whole JSON object ({error.msg}). Accepted are one "
-                "object per line, or a list of objects."
-            ) from None
-        if end < len(line):
-            raise Problem(
-                f"{path}, line {number}: after the object there is more, {line[end:]!r:.40}. Write "
-                "one object per line and nothing else."
-            )
-        yield number, value
-
-
-def text_rows(path, encoding, columns, known_labels):
-    """Yield the rows of a .txt file: one text per line."""
-    if len(columns) > 1:
-        raise Problem(
-            f"{path} holds one text per line, so it has no column {', '.join(columns[1:])}. Write "
-            "the columns into a .csv or .jsonl file."
-        )
-    with open_text(path, encoding) as file:
-        for line in file:
-            yield [line.rstrip("\n")]
-
-
-# suffix → a generator of rows, each a list of strings or None, one for each of the columns
-ROW_READERS = {
-    ".csv": csv_rows,
-    ".tsv": csv_rows,
-    ".json": json_rows,
-    ".jsonl": json_rows,
-    ".txt": text_rows,
-}
-
-
-def validate_rows(rows, split, output_by_label, names):
+def validate_rows(rows, split, outputs, names):
     """Return the texts of a split with `labels`, the numbers of the teacher's outputs.
 
     With SOFT_LABELS_COLUMN also `teacher_probabilities`. Raise Problem, with the numbers of the
     faulty rows, if a text, a label or a soft label is missing or unknown.
+    outputs: see `match_labels`.
     """
-    labels = []
-    faults = {f"{name} empty or not a text": [] for name in text_columns()}
-    valid_columns = text_columns()
+    columns = text_columns()
+    kept = text_columns()
+    faults = defaultdict(list)
     if SOFT_LABELS_COLUMN:
         rows, soft_label_faults = parse_soft_labels(rows, len(names))
         faults |= soft_label_faults
-        valid_columns.append("teacher_probabilities")
-    for part in iter_batches(rows, *text_columns(), LABEL_COLUMN):
-        first_row = len(labels) + 1
-        for name in text_columns():
-            for row_number, value in enumerate(part[name], first_row):
-                if not is_text(value):
-                    faults[f"{name} empty or not a text"].append(row_number)
-        for row_number, label in enumerate(part[LABEL_COLUMN], first_row):
-            written = label if isinstance(label, str) else label_text(label)
-            output = output_by_label.get(written)
-            if output is None:
-                fault = "no label"
-                if written:
-                    known = short_list(names)
-                    fault = f"label {written[:60]!r}, which the teacher does not have ({known}),"
-                faults.setdefault(fault, []).append(row_number)
-                output = NO_LABEL
-            labels.append(output)
-
-    refuse_faulty_rows(f"DATA = {DATA!r}", split, faults)
-    return rows.select_columns(valid_columns).add_column("labels", np.array(labels))
+        kept.append("teacher_probabilities")
+    kind = rows.features[LABEL_COLUMN]
+    have = f"teacher has {short_list(names)}, the data {short_list(sorted(outputs)):.200},"
+    labels = []
+    for *texts, label in iter_rows(rows, *columns, LABEL_COLUMN):
+        label = label_text(label, kind)
+        labels.append(outputs.get(label, NO_LABEL))
+        if labels[-1] == NO_LABEL:
+            fault = f"label {label[:60]!r}, the {have}" if label else "no label"
+            faults[fault].append(len(labels))
+        for column, text in zip(columns, texts, strict=True):
+            if not is_text(text):
+                faults[f"{column} empty or not a text"].append(len(labels))
+    refuse_faulty_rows("DATA", split, faults)
+    return rows.select_columns(kept).add_column("labels", np.array(labels))
 
 
-def refuse_faulty_rows(where, name, faults):
+def refuse_faulty_rows(setting, name, faults):
     """Raise Problem if there are faults: {fault: numbers of the rows that have it}.
 
     name: that of the split or file whose rows they are.
     """
     lines = []
-    for fault, row_numbers in faults.items():
-        if row_numbers:
-            more = ", …" if len(row_numbers) > 5 else ""
-            first_rows = ", ".join(map(str, row_numbers[:5])) + more
-            unit = "row" if len(row_numbers) == 1 else "rows"
-            lines.append(f"{name}: {fault} in {len(row_numbers)} {unit}: {first_rows}")
+    for fault, rows in faults.items():
+        if rows:
+            lines.append(f"{name}: {fault} in {len(rows):,} rows: {short_list(rows)}")
     if lines:
         hint = (
-            "correct or remove these rows, counted from 1; labels are the teacher's names or "
-            "numbers."
+            f"{setting} = {globals()[setting]!r}: correct these rows, which are counted from 1. "
+            "Labels are the teacher's names (id2label in its config.json), or numbers of its "
+            "outputs from 0, in all splits alike."
         )
-        if any("label '-1'" in line for line in lines):  # how the hub marks withheld labels
-            hint += " A split with -1 for every label has none: use one that has them."
-        if DATA == "tests/sample" and where.startswith("DATA"):
-            hint = "DATA is still the sample; set it to your teacher's data."
-        raise Problem("\n  ".join([f"{where}: {hint}", *lines[:9]]))
+        raise Problem("\n  ".join([hint, *lines[:9]]))
 
 
 def is_text(value):
@@ -2476,16 +1927,21 @@ def is_encodable(value):
     return re.search("[\ud800-\udfff]", value) is None
 
 
-def short_list(names):
-    """Return names separated by commas; of many, the first ten."""
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+def short_list(values):
+    """Return values separated by commas; of many, the first ten."""
+    return ", ".join(map(str, values[:10])) + (", …" if len(values) > 10 else "")
 
 
 # ── Labels: names or numbers ──────────────────────────────────────────────────────────────────────
 
 
-def label_text(label):
-    """Return a label as text; "" for None and NaN."""
+def label_text(label, kind=None):
+    """Return a label as text, that of a ClassLabel by its name; "" for None and NaN.
+
+    kind: the type of its column.
+    """
+    if isinstance(kind, datasets.ClassLabel) and label in range(kind.num_classes):
+        return kind.names[label]
     return "" if label is None or label != label else str(label)
 
 
@@ -2498,187 +1954,95 @@ def canonical_label(label):
     return re.sub(r"^(-?\d+)\.0+$", r"\1", canonical_name(label))
 
 
+def label_key(label):
+    """Return a label also without its case and the width of its characters."""
+    return unicodedata.normalize("NFKC", canonical_label(label)).casefold()
+
+
 def canonical_name(name):
     """Return a name without white space around it, in the Unicode form NFC."""
     return unicodedata.normalize("NFC", name).strip()
 
 
-def label_lookup(names):
-    """Return a function from a label, as it is written, to its position in `names`, or None.
+def look_up_labels(labels, names):
+    """Return {label: its position in `names`, or NO_LABEL if it is not among them}.
 
-    A label is looked up exactly as it is written, then by its value (see `canonical_label`): "1"
-    and "1.0" are the same number, and "1" is "True" where the names are True and False.
+    A label is looked up exactly as it is written, then by its `label_key`, if that is another for
+    each of the names; "1" is "True" where the names are True and False.
     """
-    exact = {}
-    by_value = {}
-    by_lower_case = {}
-    for position, name in enumerate(names):
-        exact[name] = position
-        by_value[canonical_label(name)] = position
-        by_lower_case[name.casefold()] = position
-    if by_lower_case.keys() == {"true", "false"}:
-        by_value |= {"1": by_lower_case["true"], "0": by_lower_case["false"]}
+    exact = {name: position for position, name in enumerate(names)}
+    by_key = {label_key(name): position for name, position in exact.items()}
+    if len(by_key) < len(names):
+        by_key = {}
+    if by_key.keys() == {"true", "false"}:
+        by_key |= {"1": by_key["true"], "0": by_key["false"]}
+    positions = {}
+    for label in labels:
+        positions[label] = exact.get(label, by_key.get(label_key(label), NO_LABEL))
+    return positions
 
-    def find(label):
-        return exact.get(label, by_value.get(canonical_label(label)))
 
-    return find
+def written_labels(splits):
+    """Return the different labels of all splits, as texts, and the names of their class labels.
+
+    The names are None if a split has no class labels, or other ones than the first split.
+    """
+    labels = set()
+    kinds = [rows.features[LABEL_COLUMN] for rows in splits.values()]
+    for rows, kind in zip(splits.values(), kinds, strict=True):
+        labels |= {label_text(label, kind) for label in rows.unique(LABEL_COLUMN)}
+    is_one_kind = all(kind == kinds[0] for kind in kinds)
+    return labels - {""}, getattr(kinds[0], "names", None) if is_one_kind else None
 
 
 def new_label_names(splits):
     """Return the label names of a teacher that is still to be made, in the order of its outputs."""
-    class_names = getattr(next(iter(splits.values())).features[LABEL_COLUMN], "names", None)
-    found = set()
-    for rows in splits.values():
-        for label in rows.unique(LABEL_COLUMN):
-            found.add(canonical_label(label_text(label)))
-    found.discard("")
-    names = class_names or sorted_labels(found)
-    scores = [label for label in names if is_fraction(label)]
-    if scores and not class_names:
-        raise Problem(
-            f"LABEL_COLUMN = {LABEL_COLUMN!r}: holds fractional numbers ({short_list(scores)}), "
-            "which are scores, not classes. Write a class for each text."
-        )
-    if not 2 <= len(names) <= 1000:
-        raise Problem(
-            f"LABEL_COLUMN = {LABEL_COLUMN!r}: {len(names)} different labels; 2 to 1000 are "
-            "accepted."
-        )
-
-    spellings_of = defaultdict(list)
-    for name in names:
-        spellings_of[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
-    for spellings in spellings_of.values():
-        if len(spellings) > 1:
-            raise Problem(
-                f"LABEL_COLUMN = {LABEL_COLUMN!r}: {' and '.join(map(repr, spellings))} look like "
-                "one label. Write them alike."
-            )
-
-    if not class_names and found == {str(number) for number in range(len(found))}:
-        return [f"LABEL_{number}" for number in range(len(found))]
+    labels, class_names = written_labels(splits)
+    labels = {canonical_label(label) for label in labels}
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
+    names = class_names or sorted(labels, key=float if are_numbers else None)
+    scores = [name for name in names if re.fullmatch(r"-?\d*\.\d*[1-9]\d*", name)]
+    n_alike = Counter(map(label_key, names))
+    alike = [name for name in names if n_alike[label_key(name)] > 1]
+    faults = [
+        (not 2 <= len(names) <= 1000, f"{len(names)} different labels; accepted are 2 to 1000"),
+        (scores and not class_names, f"{short_list(scores)} are scores; write a class for each"),
+        (alike, f"{short_list(alike)} look like one label; write them alike"),
+    ]
+    for is_fault, fault in faults:
+        if is_fault:
+            raise Problem(f"LABEL_COLUMN = {LABEL_COLUMN!r}: {fault}.")
+    if names == [str(number) for number in range(len(names))]:
+        return [f"LABEL_{name}" for name in names]
     return names
 
 
-def is_fraction(label):
-    """Whether a label is a number, but not a whole one."""
-    with contextlib.suppress(ValueError):
-        return label[-1].isdigit() and not float(label).is_integer()
-    return False
-
-
 def match_labels(splits, names):
-    """Return {split: {label as written: number of the teacher's output, None if unknown}}.
+    """Return {label as written: number of the teacher's output, or NO_LABEL}.
 
-    The labels of all splits are all names of the teacher's labels, or all numbers of its outputs; a
-    mixture is a Problem. A ClassLabel of a data set has a number and a name: its name counts first.
+    The labels of all splits are names of the teacher's labels, or all are numbers of its outputs:
+    whichever leaves fewer unknown (`validate_rows` refuses these). If both fit, they are names.
+    A ClassLabel has a number, too, which counts only if the teacher knows none of its names.
     """
-    # both readings of every label
-    as_name = {}  # (split, label as written) → output
-    as_number = {}
-    class_names = {}  # (split, label as written) → the name that a ClassLabel gives to it
-    find_name = label_lookup(names)
-    find_number = label_lookup([str(number) for number in range(len(names))])
-    for split, rows in splits.items():
-        own_names = getattr(rows.features[LABEL_COLUMN], "names", None)
-        for label in rows.unique(LABEL_COLUMN):
-            written = label_text(label)
-            if written == "":
-                continue
-            name = written
-            if own_names and 0 <= label < len(own_names):
-                name = own_names[label]
-                class_names[split, written] = name
-            as_name[split, written] = find_name(name)
-            as_number[split, written] = find_number(written)
+    labels, class_names = written_labels(splits)
 
-    # the one that fits all of them
-    if None not in as_name.values():
-        meaning = as_name
-        if None not in as_number.values() and as_number != as_name:
-            log(
-                "note",
-                f"the labels of the data are taken as the teacher's names ({short_list(names)}), "
-                "not as the numbers of its outputs",
-            )
-    elif None not in as_number.values():
-        meaning = as_number
-        check_class_labels(class_names, as_number, names)
-    else:
-        meaning = either_reading(as_name, as_number, names)
+    def n_unknown(outputs):
+        return [*outputs.values()].count(NO_LABEL)
 
-    has_default_names = names == [f"LABEL_{number}" for number in range(len(names))]
-    if has_default_names and set(as_name.values()) == {None} and None in meaning.values():
-        refuse_unnamed_labels([class_names.get(key, key[1]) for key in as_name], names)
-
-    outputs_by_label = {split: {} for split in splits}
-    for (split, written), output in meaning.items():
-        outputs_by_label[split][written] = output
-    return outputs_by_label
-
-
-def refuse_unnamed_labels(labels, names):
-    """Raise Problem if the data could name the teacher's labels, which have no names yet."""
-    found = sorted_labels({canonical_label(label) for label in labels})
-    if len(found) == len(names):
-        id2label = json.dumps(dict(enumerate(found)), ensure_ascii=False)
-        raise Problem(
-            f"LABEL_COLUMN = {LABEL_COLUMN!r}: the labels of the data are {short_list(found)}; the "
-            f"teacher's have no names of their own, only {short_list(names)}. Write the names into "
-            f'its config.json, in the order in which it was trained: "id2label": {id2label} is '
-            "the sorted order. With a wrong order its accuracy on train is low."
-        )
-
-
-def sorted_labels(labels):
-    """Return labels as a list: numbers by value, others by the alphabet."""
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", label) for label in labels)
-    return sorted(labels, key=float if are_numbers else None)
-
-
-def either_reading(as_name, as_number, names):
-    """Return names where there is one, else numbers; Problem if that would explain all labels.
-
-    Labels that are neither stay None: `validate_rows` names their rows.
-    """
-    meaning = {}
-    for key, output in as_name.items():
-        meaning[key] = as_number[key] if output is None else output
-    if None in meaning.values():
-        return meaning
-    name_split, name = next(key for key in as_name if as_number[key] is None)
-    number_split, number = next(key for key in as_name if as_name[key] is None)
-    raise Problem(
-        f"LABEL_COLUMN = {LABEL_COLUMN!r}: {name!r} in {name_split} is a name of the teacher's "
-        f"labels ({short_list(names)}), {number!r} in {number_split} can only be a number of its "
-        "outputs. Write all as names, or all as numbers from 0."
-    )
-
-
-def check_class_labels(class_names, as_number, names):
-    """Raise Problem if ClassLabels that are taken by number have names that contradict it."""
-    output_of = {name.casefold(): output for output, name in enumerate(names)}
-    output_by_class_name = {}
-    for (split, written), class_name in class_names.items():
-        output = as_number[split, written]
-        has_other_output = output_of.get(class_name.casefold(), output) != output
-        differs_between_splits = output_by_class_name.setdefault(class_name, output) != output
-        if has_other_output or differs_between_splits:
-            raise Problem(
-                f"DATA = {DATA!r}: the class label {written} of {split} is named {class_name!r}, "
-                f"but the teacher's output {output} {names[output]!r}, and not all of the labels "
-                f"are names of the teacher's ({short_list(names)}). Name or number them as the "
-                "teacher does, in all splits alike."
-            )
-    if output_by_class_name:
-        pairs = sorted(output_by_class_name.items(), key=lambda pair: pair[1])
-        meanings = [f"{class_name} is {names[output]}" for class_name, output in pairs]
+    as_names = look_up_labels(labels, names)
+    numbers = [str(number) for number in range(len(names))]
+    if class_names:
+        numbers = class_names[: len(names)] if n_unknown(as_names) == len(labels) else []
+    as_numbers = look_up_labels(labels, numbers)
+    outputs = min(as_names, as_numbers, key=n_unknown)
+    if as_names != as_numbers and n_unknown(as_numbers) == 0:
+        meanings = [f"{label} is output {output}" for label, output in sorted(outputs.items())]
         log(
             "note",
-            "the class labels of the data have other names than the teacher's and are taken by "
-            f"their numbers: {short_list(meanings)}",
+            f"the teacher's labels are {short_list(names)}; those of the data, numbers or names, "
+            f"are taken so: {short_list(meanings)}",
         )
+    return outputs
 
 
 # ── Token ids and batches ─────────────────────────────────────────────────────────────────────────
@@ -2689,6 +2053,7 @@ TEXTS_PER_PROCESS = 100_000  # fewer would not pay for starting another process 
 TOKENS_PER_BATCH = 2048  # of inference: enough to keep the processor busy, and they fit its cache
 BATCHES_PER_POOL = 16  # batches of training whose texts are sorted by length together
 MECAB_LOCK = threading.Lock()  # MeCab answers one thread at a time
+ID_COLUMNS = "input_ids", "token_type_ids"
 TARGETS = "labels", "soft_labels", "teacher_logits", "teacher_layers"  # inputs of the loss only
 
 
@@ -2702,11 +2067,6 @@ def tokenize(data, tokenizer, student_tokenizer=None):
     tokenizers = {"": tokenizer}
     if student_tokenizer not in (None, tokenizer):
         tokenizers["student_"] = student_tokenizer
-    arguments = {
-        "columns": text_columns(),
-        "tokenizers": tokenizers,
-        "max_length": MAX_LENGTH,
-    }
     for split, rows in data.items():
         n_workers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // world_size())
         data[split] = map_to_cache(
@@ -2714,7 +2074,11 @@ def tokenize(data, tokenizer, student_tokenizer=None):
             encode_batch,
             remove_columns=text_columns(),
             num_proc=n_workers or None,
-            fn_kwargs=arguments,
+            fn_kwargs={
+                "columns": text_columns(),
+                "tokenizers": tokenizers,
+                "max_length": MAX_LENGTH,
+            },
         )
     log_tokens(data, tokenizer)
     log_shared_texts(data)
@@ -2724,14 +2088,12 @@ def tokenize(data, tokenizer, student_tokenizer=None):
 def encode_batch(batch, columns, tokenizers, max_length):
     """Return the new columns for a batch of texts. It may run in another process."""
     texts = [batch[column] for column in columns]
-    new_columns = {}
-    for prefix, tokenizer in tokenizers.items():
-        for name, values in encode(texts, tokenizer, max_length).items():
-            new_columns[prefix + name] = values
-    id_columns = [
-        new_columns[name] for name in ("input_ids", "token_type_ids") if name in new_columns
-    ]
-    new_columns["key"] = [text_key(row) for row in zip(*id_columns, strict=True)]
+    new_columns = encode(texts, tokenizers[""], max_length)
+    id_lists = [new_columns[name] for name in ID_COLUMNS if name in new_columns]
+    new_columns["key"] = list(map(text_key, zip(*id_lists, strict=True)))
+    if "student_" in tokenizers:
+        for name, values in encode(texts, tokenizers["student_"], max_length).items():
+            new_columns[f"student_{name}"] = values
     return new_columns
 
 
@@ -2747,11 +2109,11 @@ def text_key(ids):
 def log_tokens(data, tokenizer):
     """Say how long the texts are, and note if many of their tokens are unknown."""
     lengths = np.concatenate([column_array(rows, "length") for rows in data.values()])
-    truncated = np.concatenate([column_array(rows, "truncated") for rows in data.values()])
+    n_truncated = sum(column_array(rows, "truncated").sum() for rows in data.values())
     log(
         "data",
-        f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {truncated.sum():,} of "
-        f"{len(truncated):,} texts cut to MAX_LENGTH = {MAX_LENGTH}",
+        f"{lengths.mean():.1f} tokens per text, at most {lengths.max()}; {n_truncated:,} of "
+        f"{len(lengths):,} texts cut to MAX_LENGTH = {MAX_LENGTH}",
     )
     unknown_shares = []
     for split, rows in data.items():
@@ -2772,7 +2134,7 @@ def log_tokens(data, tokenizer):
 def log_shared_texts(data):
     """Say how many texts of a split are in another, too: such a split flatters a model."""
     keys = {split: column_array(data[split], "key") for split in SPLITS}
-    for split, other in ("val", "train"), ("test", "train"), ("test", "val"):
+    for other, split in itertools.combinations(SPLITS, 2):
         n_shared = np.isin(keys[split], keys[other]).sum()
         if n_shared:
             log(
@@ -2791,66 +2153,49 @@ def encode(texts, tokenizer, max_length):
     length; unknown, the number of [UNK]; truncated, whether max_length truncated the text.
     """
     with_types = len(texts) > 1 and "token_type_ids" in tokenizer.model_input_names
-    options = {"return_attention_mask": False, "return_token_type_ids": with_types}
     if tokenizer.is_fast:
-        rows = [[join_words(text, tokenizer) for text in column] for column in texts]
-        columns = dict(tokenizer(*rows, verbose=False, **options))
-        encode_row = truncating_copy(tokenizer, max_length)
+        texts = [[join_words(text, tokenizer) for text in column] for column in texts]
+        # always with the same options: it keeps them, and another thread may use it, too
+        encoded = tokenizer(
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+            return_token_type_ids=with_types,
+        )
+        columns = dict(encoded)
+        columns["truncated"] = [bool(row.overflowing) for row in encoded.encodings]
     else:
         with MECAB_LOCK:
-            rows = [list(map(make_encoder(tokenizer), column)) for column in texts]
-        columns = join_ids(list(zip(*rows, strict=True)), tokenizer, with_types)
-        encode_row = tokenizer.prepare_for_model
-
-    # the stock tokenizer truncates the few that are too long
-    is_too_long = [len(ids) > max_length for ids in columns["input_ids"]]
-    for row_number, row in enumerate(zip(*rows, strict=True)):
-        if is_too_long[row_number]:
-            encoded = encode_row(*row, truncation=True, max_length=max_length, **options)
-            for name in columns:
-                columns[name][row_number] = encoded[name]
-
+            id_columns = [list(map(make_encoder(tokenizer), column)) for column in texts]
+        columns = join_ids(id_columns, tokenizer, max_length, with_types)
     columns["length"] = [len(ids) for ids in columns["input_ids"]]
     columns["unknown"] = [ids.count(tokenizer.unk_token_id) for ids in columns["input_ids"]]
-    columns["truncated"] = []
-    for row_number, row_texts in enumerate(zip(*texts, strict=True)):
-        is_clipped = any(len(text) > MAX_CHARACTERS for text in row_texts)
-        columns["truncated"].append(is_too_long[row_number] or is_clipped)
     return columns
 
 
-@functools.lru_cache(2)
-def truncating_copy(tokenizer, max_length):
-    """Return a copy of a fast tokenizer for texts that are too long.
-
-    A fast tokenizer keeps the options of its last call, and a call that changes them would disturb
-    those of other threads. The original never truncates, its copy always does.
-    """
-    truncating = copy.deepcopy(tokenizer)
-    truncating("", truncation=True, max_length=max_length)
-    return truncating
-
-
-def join_ids(rows, tokenizer, with_types):
-    """Put special tokens around the ids of each row, a tuple of one or two id lists."""
+def join_ids(id_columns, tokenizer, max_length, with_types):
+    """Truncate each row, one or two id lists, and put special tokens around it; see `encode`."""
     # Ask the tokenizer once where the ids go. Negative numbers take their place.
-    n_texts = len(rows[0]) if rows else 1
-    template = tokenizer.build_inputs_with_special_tokens(*([-1 - i] for i in range(n_texts)))
-    input_ids = []
-    for row in rows:
-        ids = []
-        for token_id in template:
-            if token_id < 0:
-                ids += row[-1 - token_id]
-            else:
-                ids.append(token_id)
-        input_ids.append(ids)
-    columns = {"input_ids": input_ids}
-    if with_types:
-        columns["token_type_ids"] = [
-            tokenizer.create_token_type_ids_from_sequences(*row) for row in rows
-        ]
-    return columns
+    places = [[-1 - number] for number in range(len(id_columns))]
+    template = tokenizer.build_inputs_with_special_tokens(*places)
+    max_ids = max_length - (len(template) - len(places))
+    columns = defaultdict(list)
+    for row in zip(*id_columns, strict=True):
+        n_excess = sum(map(len, row)) - max_ids
+        if n_excess > 0:
+            *row, _ = tokenizer.truncate_sequences(*row, num_tokens_to_remove=n_excess)
+            input_ids = tokenizer.build_inputs_with_special_tokens(*row)
+        else:
+            input_ids = []
+            for token_id in template:
+                input_ids += row[-1 - token_id] if token_id < 0 else [token_id]
+        columns["input_ids"].append(input_ids)
+        columns["truncated"].append(n_excess > 0)
+        if with_types:
+            token_types = tokenizer.create_token_type_ids_from_sequences(*row)
+            columns["token_type_ids"].append(token_types)
+    return dict(columns)
 
 
 def join_words(text, tokenizer):
@@ -2881,22 +2226,15 @@ def make_encoder(tokenizer):
         return tuple(tokenizer.convert_tokens_to_ids(subwords))
 
     def text_ids(text):
-        if not splits_words(tokenizer):
-            tokens = tokenizer.tokenize(join_words(text, tokenizer))
-            return tokenizer.convert_tokens_to_ids(tokens)
-        if isinstance(text, str):
-            if special_tokens.search(text):
-                tokens = tokenizer.tokenize(limit_characters(text))
-                return tokenizer.convert_tokens_to_ids(tokens)
-            text = tokenizer.word_tokenizer.tokenize(
-                limit_characters(text), never_split=never_split
-            )
+        if splits_words(tokenizer) and not isinstance(text, str):
+            words = [word and word.strip() for word in text]
+        elif not splits_words(tokenizer) or special_tokens.search(text):
+            text = limit_characters(join_words(text, tokenizer))
+            return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
         else:
-            text = [word and word.strip() for word in text]
-        ids = []
-        for word in text:
-            ids += word_ids(word)
-        return ids
+            text = limit_characters(text)
+            words = tokenizer.word_tokenizer.tokenize(text, never_split=never_split)
+        return list(itertools.chain.from_iterable(map(word_ids, words)))
 
     return text_ids
 
@@ -2962,25 +2300,31 @@ def collate(rows, pad_token_id=0):
     return batch
 
 
+def rows_of(columns):
+    """Return columns, a dict of lists, as a list of dicts."""
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
 def model_inputs(batch):
     return {name: tensor for name, tensor in batch.items() if name not in TARGETS}
 
 
-def token_budget_batches(lengths, n_tokens):
-    """Yield batches of row numbers, longest texts first: at most n_tokens with the padding."""
+def token_budget_batches(lengths):
+    """Yield batches of row numbers, longest texts first: TOKENS_PER_BATCH with the padding."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
     while start < len(order):
         longest = max(1, lengths[order[start]])
-        batch_size = max(1, n_tokens // longest)
+        batch_size = max(1, TOKENS_PER_BATCH // longest)
         yield order[start : start + batch_size]
         start += batch_size
 
 
-def inference_loader(rows, collate_fn, n_tokens=None, select_batches=list):
+def inference_loader(rows, collate_fn, select_batches=list):
     """Return a loader of batches for inference; select_batches chooses among them."""
-    lengths = column_array(rows, "length")
-    batches = list(token_budget_batches(lengths, n_tokens or TOKENS_PER_BATCH))
+    batches = list(token_budget_batches(column_array(rows, "length")))
     return DataLoader(rows, batch_sampler=select_batches(batches), collate_fn=collate_fn)
 
 
@@ -2991,12 +2335,8 @@ def length_grouped_order(lengths, batch_size, seed):
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(lengths))
-    pool_size = BATCHES_PER_POOL * batch_size
-    pools = []
-    for start in range(0, len(order), pool_size):
-        pool = order[start : start + pool_size]
-        pools.append(pool[np.argsort(lengths[pool], kind="stable")])
-    order = np.concatenate(pools)
+    pool_numbers = np.arange(len(order)) // (BATCHES_PER_POOL * batch_size)
+    order = order[np.lexsort((lengths[order], pool_numbers))]  # by length within each pool
     n_full = len(order) // batch_size * batch_size
     full_batches = generator.permutation(order[:n_full].reshape(-1, batch_size))
     return np.concatenate([full_batches.ravel(), order[n_full:]])
@@ -3016,23 +2356,35 @@ def batches_of_this_process(order, batch_size):
     return own_batches
 
 
-def classify_encoded(model, tokenizer, columns, n_tokens=None):
+def classify_encoded(model, tokenizer, columns):
     """Return the logits (texts, classes) of what `encode` returned, in its order."""
-    rows = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
-    batches = []
-    for batch in token_budget_batches(columns["length"], n_tokens or TOKENS_PER_BATCH):
-        batches.append(batch.tolist())
+    rows = rows_of(columns)
+    batches = list(token_budget_batches(columns["length"]))
     loader = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
-    sorted_logits = torch.cat([logits for _, logits, _ in timed_logits(model, loader)])
-    order = torch.tensor(list(itertools.chain.from_iterable(batches)))
-    return torch.empty_like(sorted_logits).index_copy_(0, order, sorted_logits)
+    logits = torch.empty(len(rows), model.config.num_labels)
+    for batch, (_, batch_logits, _) in zip(batches, timed_logits(model, loader), strict=True):
+        logits[batch] = batch_logits
+    return logits
 
 
 # ── Teacher cache ─────────────────────────────────────────────────────────────────────────────────
 
 SAVE_SECONDS = 60  # between two savings of the teacher's outputs
+
+
+def teacher_cache_path(teacher, data):
+    """Return the path for the teacher's outputs, which is named after its weights and its code.
+
+    Raise Problem if the processes differ in the teacher or the texts: the outputs that they give
+    one another would be cached under wrong names.
+    """
+    code = code_of("run_teacher", "BertForSequenceClassification", "make_collate_fn")
+    name = digest(teacher, code)
+    contents = {"teachers, distill.py, or versions of Python, PyTorch or transformers": name}
+    for split, rows in data.items():
+        contents[f"texts or tokenizers (seen in {split})"] = iter_batches(rows, "key")
+    check_same_in_all_processes(contents)
+    return Path(CACHE, f"teacher-{name}.pt")
 
 
 def load_teacher_outputs(path, n_classes):
@@ -3048,14 +2400,9 @@ def load_teacher_outputs(path, n_classes):
         "machine": torch.empty(0, dtype=torch.int64),
     }
 
-    def load():
-        saved = load_with_checksum(path)
-        is_usable = isinstance(saved, dict) and saved.keys() == empty.keys()
-        if is_usable and saved["logits"].shape[1:] == empty["logits"].shape[1:]:
-            return saved
-        return empty
-
-    return on_main_process(load)
+    saved = on_main_process(lambda: load_with_checksum(path))
+    is_usable = isinstance(saved, dict) and saved.keys() == empty.keys()
+    return saved if is_usable else empty
 
 
 def run_teacher(rows, teacher, collate_fn, outputs, path):
@@ -3063,8 +2410,6 @@ def run_teacher(rows, teacher, collate_fn, outputs, path):
 
     With several processes each runs the teacher on a part of the batches.
     """
-    keys = torch.from_numpy(column_array(rows, "key"))
-    own_machine = machine_number()
     parts = [outputs]
 
     def joined():
@@ -3076,32 +2421,35 @@ def run_teacher(rows, teacher, collate_fn, outputs, path):
 
     loader = inference_loader(rows, collate_fn, select_batches=shard)
     next(timed_logits(teacher, loader), None)  # warm-up
-    own_outputs = zip(loader.batch_sampler, timed_logits(teacher, loader), strict=True)
+    own_parts = teacher_parts(rows, teacher, loader)
     n_rounds = on_main_process(lambda: len(loader))  # other processes may have one batch less
     last_save = time.monotonic()
     try:
         for _ in progress_bar(range(n_rounds), desc="teacher"):
-            own_output = next(own_outputs, None)
-            if own_output is not None:
-                row_numbers, (_, logits, seconds) = own_output
-                own_output = row_numbers, logits, seconds, own_machine
-            for output in gather_from_all(own_output):
-                if output is not None:
-                    row_numbers, logits, seconds, machine = output
-                    n_texts = len(row_numbers)
-                    part = {
-                        "key": keys[row_numbers],
-                        "logits": logits,
-                        "seconds": torch.full([n_texts], seconds / n_texts),
-                        "machine": torch.full([n_texts], machine),
-                    }
-                    parts.append(part)
+            new_parts = gather_from_all(next(own_parts, None))
+            parts += [part for part in new_parts if part]
             if time.monotonic() - last_save > SAVE_SECONDS:
                 save()
                 last_save = time.monotonic()
     finally:  # what a stopped run has labelled is not lost
         save()
     return joined()
+
+
+def teacher_parts(rows, teacher, loader):
+    """Yield the teacher's outputs for each batch, in the form of `load_teacher_outputs`."""
+    keys = torch.from_numpy(column_array(rows, "key"))
+    machine = machine_number()
+    timed_batches = timed_logits(teacher, loader)
+    for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
+        _, logits, seconds = timed_batch
+        n_texts = len(row_numbers)
+        yield {
+            "key": keys[row_numbers],
+            "logits": logits,
+            "seconds": torch.full([n_texts], seconds / n_texts),
+            "machine": torch.full([n_texts], machine),
+        }
 
 
 def machine_number():
@@ -3162,8 +2510,6 @@ def make_trainer(
             load_best_model_at_end=True,
             metric_for_best_model="eval_loss",
             greater_is_better=False,
-            remove_unused_columns=False,  # True would remove soft_labels
-            dataloader_pin_memory=False,
             report_to=REPORT_TO,
             disable_tqdm=True,
             log_level="error",
@@ -3186,27 +2532,26 @@ def training_run_id(trainer):
     What files and folders hold is in the data and the weights; where they lie does not count, so
     that a run resumes after it was moved. Raise Problem if the processes differ.
     """
-    run_id = {}
-    for name, value in plain_constants().items():
-        if name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS):
-            run_id[name] = repr(value)
+    run_id = {
+        name: repr(value)
+        for name, value in plain_constants().items()
+        if name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS)
+    }
     run_id["the number of epochs"] = trainer.args.num_train_epochs
     run_id["the learning rate"] = trainer.args.learning_rate
     run_id["the code"] = digest(code_of())
     run_id["the versions"] = versions()
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels as good as equal.
-    check_same("settings, distill.py, or versions of Python, PyTorch or transformers", run_id)
-    check_same("data", training_data(trainer, without={"soft_labels", "teacher_logits"}))
+    check_same_in_all_processes(run_id)
+    check_same_in_all_processes(
+        {"data": training_data(trainer, without={"soft_labels", "teacher_logits"})}
+    )
 
-    def with_hashes():
-        models = [*trainer.run_id_parts, *trainer.extra_state().values(), trainer.model]
-        return run_id | {
-            "the data": digest(training_data(trainer)),
-            "the models and losses": digest(*models),
-        }
-
-    return on_main_process(with_hashes)
+    models = [*trainer.run_id_parts, *trainer.extra_state().values(), trainer.model]
+    run_id["the data"] = on_main_process(lambda: digest(training_data(trainer)))
+    run_id["the models and losses"] = on_main_process(lambda: digest(*models))
+    return run_id
 
 
 def plain_constants():
@@ -3214,7 +2559,7 @@ def plain_constants():
     constants = {}
     for name, value in globals().items():
         is_constant = name.isupper() and isinstance(value, str | int | float | tuple | None)
-        if is_constant or name in ACCEPTED or name in ("METHOD_TERMS", "GENERATOR_WEIGHTS"):
+        if is_constant or name in ACCEPTED or name == "GENERATOR_WEIGHTS":
             constants[name] = value
     return constants
 
@@ -3237,33 +2582,31 @@ def code_of(*names):
     """
     definitions = parse_definitions()
     assert {*names} <= definitions.keys(), names
-    settings = plain_constants()
     code = {"versions": versions()} if names else {}
     # never part of the code; code_of mentions every setting, but what calls it depends on none
     ignored = {"code_of", "ORIGINAL_OBJECTS", *NOT_IN_RUN_ID, *PATH_SETTINGS}
+    if not names:
+        ignored |= plain_constants().keys()
     used = set()
-    remaining = list(names or definitions)
+    remaining = [*(names or definitions)]
     while remaining:
         name = remaining.pop()
-        if name in used | ignored:
-            continue
-        used.add(name)
-        if name in definitions and name not in settings:
-            code[name], used_names = definitions[name]
+        if name not in used | ignored:
+            used.add(name)
+            code[name], used_names = definitions.get(name, ("", ()))
             remaining += used_names
-            remaining += [other for other in definitions if other.startswith(f"{name}.")]
     values = {
-        name: value
-        for name, value in globals().items()
-        if name in used and is_plain_value(value) and (names or name not in settings)
+        name: value for name, value in globals().items() if name in used and is_plain_value(value)
     }
-    replaced = {
+    substituted = {
         name: without_name(value)
         for name, value in named_objects().items()
-        if {name, name.split(".")[0]} & used and ORIGINAL_OBJECTS.get(name) is not value
+        if {name, name.split(".")[0]} & used
+        and ORIGINAL_OBJECTS.get(name) is not value
+        and (callable(value) or name in ORIGINAL_OBJECTS)
     }
     code["values"] = hash_of(sorted(values.items()))
-    code["replaced"] = hash_of(sorted(replaced.items()), own_modules())
+    code["replaced"] = hash_of(sorted(substituted.items()), own_modules())
     return repr(sorted(code.items()))
 
 
@@ -3300,35 +2643,30 @@ def without_name(value):
 @functools.cache
 def parse_definitions():
     """Return {name: (its syntax tree as text, the names in it)} for what this file defines."""
-    definitions = {}
-    for statement in ast.parse(SOURCE).body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # the docstring of the file
-        for node in ast.walk(statement):
-            can_have_docstring = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            if can_have_docstring and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
+    tree = ast.parse(SOURCE)
+    for node in ast.walk(tree):
+        can_have_docstring = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
+        if can_have_docstring and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
 
+    definitions = {}
+    for statement in tree.body:
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             named = {statement.name: statement}
         else:  # what it assigns, also within a with or an if; an import, say, assigns no Name
-            names = [part.id for part in ast.walk(statement) if is_global_name(part)]
-            named = dict.fromkeys(names or [ast.dump(statement)], statement)
+            names = [part for part in ast.walk(statement) if isinstance(part, ast.Name)]
+            assigned = {part.id for part in names if isinstance(part.ctx, ast.Store)}
+            assigned &= globals().keys()  # not the variables of comprehensions
+            named = dict.fromkeys(assigned or [ast.dump(statement)], statement)
         if isinstance(statement, ast.ClassDef):
             for method in statement.body:
                 if isinstance(method, ast.FunctionDef):
                     named[f"{statement.name}.{method.name}"] = method
         for name, node in named.items():
             used_names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-            code, more_names = definitions.get(name, ("", []))  # a name may be defined twice
-            definitions[name] = code + ast.dump(node), sorted({*used_names, *more_names})
+            code, more_names = definitions.get(name, ("", set()))  # a name may be defined twice
+            definitions[name] = code + ast.dump(node), used_names | more_names
     return definitions
-
-
-def is_global_name(node):
-    """Whether a node assigns a global name; the variables of comprehensions are none."""
-    is_assigned = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    return is_assigned and node.id in globals()
 
 
 def training_data(trainer, without=frozenset()):
@@ -3354,18 +2692,18 @@ def start_or_resume(trainer, checkpoint_path, run_id):
         )
     trainer.create_optimizer_and_scheduler(num_training_steps=n_steps)
 
-    checkpoint = on_main_process(lambda: load_with_checksum(checkpoint_path))
-    if checkpoint is not None and checkpoint.get("run_id") != run_id:
-        saved_id = checkpoint["run_id"] if isinstance(checkpoint.get("run_id"), dict) else {}
-        different = [key for key in run_id | saved_id if saved_id.get(key) != run_id.get(key)]
+    new_checkpoint = {"run_id": run_id, "history": []}
+    checkpoint = on_main_process(lambda: load_with_checksum(checkpoint_path)) or new_checkpoint
+    saved_id = checkpoint.get("run_id")
+    if saved_id != run_id:
+        saved_id = saved_id if isinstance(saved_id, dict) else {}
+        different = [name for name in run_id | saved_id if saved_id.get(name) != run_id.get(name)]
         log(
             "training",
             f"starts anew; changed since the last checkpoint: {short_list(different)}",
         )
-        checkpoint = None
-    if checkpoint is None:
-        checkpoint = {"run_id": run_id, "history": []}
-    else:
+        checkpoint = new_checkpoint
+    if checkpoint["history"]:
         log("training", f"goes on after epoch {len(checkpoint['history'])}")
         for name, part in training_parts(trainer).items():
             part.load_state_dict(checkpoint[name])
@@ -3388,11 +2726,6 @@ def raise_if_not_finite(loss, epoch, learning_rate):
         )
 
 
-def end_training(trainer):
-    trainer.model_wrapped = trainer.model
-    trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-
-
 def training_parts(trainer):
     """Return what changes in training: {name: module, optimizer or schedule}."""
     return {
@@ -3405,10 +2738,6 @@ def training_parts(trainer):
 
 def training_state(trainer):
     return {name: part.state_dict() for name, part in training_parts(trainer).items()}
-
-
-def copy_weights(model):
-    return copy.deepcopy(model.state_dict())
 
 
 # ── Fast BERT: the same results in less time ──────────────────────────────────────────────────────
@@ -3430,7 +2759,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         context  Σ_j p_j (W_v x_j + b_v) = W_v (Σ_j p_j x_j) + b_v Σ_j p_j
                  with dropout Σ_j p_j is not 1
 
-    If a caller asks for more than logits and loss, the stock forward runs.
+    If a caller asks for more than logits, say for the loss of labels, the stock forward runs.
     """
 
     def __init__(self, config):
@@ -3446,7 +2775,6 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         token_type_ids=None,
         position_ids=None,
         inputs_embeds=None,
-        labels=None,
         **more,
     ):
         """Take the arguments of the stock forward; logits: (batch, classes)."""
@@ -3456,7 +2784,6 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
             or position_ids is not None
             or (input_ids is None) == (inputs_embeds is None)
             or (attention_mask is not None and attention_mask.dim() != 2)
-            or (labels is not None and config.problem_type != "single_label_classification")
             or config.is_decoder
             or config.output_hidden_states
             or config.output_attentions
@@ -3464,13 +2791,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         )
         if needs_stock_forward:
             return super().forward(
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                position_ids,
-                inputs_embeds,
-                labels,
-                **more,
+                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **more
             )
 
         # embeddings, and all layers but the last
@@ -3488,8 +2809,7 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         # the last layer, for [CLS]
         x = cls_layer(last_layer, x, mask)
         logits = self.classifier(self.dropout(self.bert.pooler(x[:, None])))
-        loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(logits=logits)
 
 
 def cls_layer(layer, x, mask):
@@ -3527,17 +2847,13 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
     Positions and types are added first, which saves one pass over the large tensor: 0 to 14 % of
     the time of inference (one layer, batch 32, 16 and 64 tokens).
     """
-    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-    if token_type_ids is None:
-        types = embeddings.token_type_embeddings.weight[0]
-    else:
-        types = embeddings.token_type_embeddings(token_type_ids)
-    positions = embeddings.position_embeddings.weight[:length] + types
     if inputs_embeds is None:
-        x = embeddings.word_embeddings(input_ids).add_(positions)
-    else:
-        x = inputs_embeds + positions
-    return embeddings.dropout(embeddings.LayerNorm(x))
+        inputs_embeds = embeddings.word_embeddings(input_ids)
+    types = embeddings.token_type_embeddings.weight[0]
+    if token_type_ids is not None:
+        types = embeddings.token_type_embeddings(token_type_ids)
+    positions = embeddings.position_embeddings.weight[: inputs_embeds.shape[1]] + types
+    return embeddings.dropout(embeddings.LayerNorm(inputs_embeds + positions))
 
 
 class FastDropout(torch.nn.Dropout):
@@ -3592,16 +2908,13 @@ class ClsAttention(torch.autograd.Function):
         return grad_x, torch.bmm(grad, x), None, None
 
 
-@contextlib.contextmanager
 def only_used_embeddings(trainer):
-    """In this block trainer.model has only the embedding rows of tokens that occur in its data."""
+    """Return `used_embedding_rows` for what a trainer trains on, if it needs no other rows."""
     model = trainer.model
     is_ours = isinstance(model, BertForSequenceClassification | BiLSTM)
     if not is_ours or trainer.needs_all_embeddings:  # others may use their embeddings elsewhere
-        yield
-        return
-    with used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset):
-        yield
+        return contextlib.nullcontext()
+    return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
 
 
 @contextlib.contextmanager
@@ -3654,16 +2967,12 @@ def clip_gradients(model, max_norm):
 def layers_to_copy(config):
     """Return the numbers of the layers that INIT_LAYERS names; Problem if there are not as many."""
     depth = min(getattr(config, key) for key in DEPTH_KEYS if hasattr(config, key))
-    if INIT_LAYERS == "first":
-        layers = range(NUM_LAYERS)
-    elif INIT_LAYERS == "middle":
-        start = (depth - NUM_LAYERS + 1) // 2
-        layers = range(start, start + NUM_LAYERS)
-    elif INIT_LAYERS == "last":
-        layers = range(depth - NUM_LAYERS, depth)
-    elif INIT_LAYERS == "spread":
-        step = (depth - 1) / max(NUM_LAYERS - 1, 1)
-        layers = [round(number * step) for number in range(NUM_LAYERS)]
+    n_left_out = depth - NUM_LAYERS
+    starts = {"first": 0, "middle": (n_left_out + 1) // 2, "last": n_left_out}
+    if INIT_LAYERS == "spread":
+        layers = np.linspace(0, depth - 1, NUM_LAYERS).round().astype(int).tolist()
+    elif isinstance(INIT_LAYERS, str):
+        layers = range(starts[INIT_LAYERS], starts[INIT_LAYERS] + NUM_LAYERS)
     else:
         layers = INIT_LAYERS
     if min(layers) < 0 or max(layers) >= depth:
@@ -3715,8 +3024,6 @@ def copy_with_layers(source, model_class, layers, weights, dropout=None):
 
 # ── Word vectors: refitted to what the copied layer is used to ────────────────────────────────────
 
-REFIT_WORDS = 2  # teacher layers that the word vectors are fitted to; 0: they stay the teacher's
-
 
 @torch.inference_mode()
 def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
@@ -3734,11 +3041,6 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     n_layers = min(REFIT_WORDS, teacher.config.num_hidden_layers)
 
     def make_vectors():
-        log(
-            "teacher",
-            f"its first {n_layers} layers read the training texts once more, for the student's "
-            "word vectors",
-        )
         return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
     code = code_of("contextual_vectors", "BertForSequenceClassification", "make_collate_fn")
@@ -3751,18 +3053,23 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
 
 def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
     """Return the word vectors for `refit_word_vectors`, (vocabulary, hidden)."""
-    lower_layers = copy_with_layers(
-        teacher, type(teacher), range(n_layers), teacher.state_dict()
-    ).bert.eval()
+    log(
+        "teacher",
+        f"its first {n_layers} layers read the training texts once more, for the student's word "
+        "vectors",
+    )
+    layers = range(n_layers)
+    lower_layers = copy_with_layers(teacher, type(teacher), layers, teacher.state_dict())
+    lower_layers = lower_layers.bert.eval()
     embeddings = lower_layers.embeddings
     norm = embeddings.LayerNorm
     plain_vectors = embeddings.word_embeddings.weight
 
     # the training texts, then every word by itself: [CLS] word [SEP]
-    word_ids = {*range(len(plain_vectors))} & {*tokenizer.get_vocab().values()}
-    word_ids = sorted(word_ids - {*tokenizer.all_special_ids})
+    word_ids = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}
+    word_ids &= {*range(len(plain_vectors))}
     cls_id, *end_ids = tokenizer("")["input_ids"]
-    single_words = [[cls_id, word_id, *end_ids] for word_id in word_ids]
+    single_words = [[cls_id, word_id, *end_ids] for word_id in sorted(word_ids)]
     lengths = [len(ids) for ids in single_words]
     single_rows = datasets.Dataset.from_dict({"input_ids": single_words, "length": lengths})
     loaders = [inference_loader(part, collate_fn) for part in (rows, single_rows)]
@@ -3773,17 +3080,17 @@ def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
     counts = torch.zeros(len(plain_vectors), 1)
     n_batches = sum(map(len, loaders))
     for batch in progress_bar(itertools.chain(*loaders), total=n_batches, desc="words"):
-        ids = batch["input_ids"]
         is_token = batch["attention_mask"].bool()
+        token_ids = batch["input_ids"][is_token]
         states = lower_layers(**model_inputs(batch)).last_hidden_state
         # undo the LayerNorm; the small constant avoids a division by 0
         states = (states - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)
-        token_types = batch.get("token_type_ids", torch.zeros_like(ids))
+        token_types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
         types = embeddings.token_type_embeddings(token_types)
-        positions = embeddings.position_embeddings.weight[: ids.shape[1]] + types
-        state_sums.index_add_(0, ids[is_token], states[is_token])
-        position_sums.index_add_(0, ids[is_token], positions[is_token])
-        counts.index_add_(0, ids[is_token], torch.ones(len(ids[is_token]), 1))
+        positions = embeddings.position_embeddings.weight[: types.shape[1]] + types
+        state_sums.index_add_(0, token_ids, states[is_token])
+        position_sums.index_add_(0, token_ids, positions[is_token])
+        counts += torch.bincount(token_ids, minlength=len(counts))[:, None]
 
     # The LayerNorm does not depend on the size of its input: the size stays as it was.
     mean_positions = position_sums / counts.clamp(min=1)
@@ -3805,138 +3112,52 @@ DEFAULT_TEACHER = "./finetuned_bert_japanese"
 def find_teacher():
     """Return (name, teacher_recipe): the teacher's folder or hub name, and how it is to be made.
 
-    teacher_recipe: a dict of base, epochs, learning_rate, patience; None if the teacher is there.
+    teacher_recipe: a dict of base and training (epochs, learning rate, patience); None if the
+    teacher is there.
     name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
-    source = on_main_process(teacher_source)  # the first machine decides: others may have less
-    if source == "none":
-        return None, None
-    if source == "base":
-        refuse_teacher_elsewhere()
-        return TEACHER, {
-            "base": TEACHER_BASE,
-            "epochs": TEACHER_EPOCHS,
-            "learning_rate": TEACHER_LEARNING_RATE,
-            "patience": PATIENCE,
-        }
-    if source == "sample base":
-        base = Path(__file__).resolve().parent / DATA / "base"
-        recipe = {"base": str(base), "epochs": 6, "learning_rate": 1e-3, "patience": 6}
-        return sample_teacher_folder(), recipe
-    name = sample_teacher_folder() if source == "sample" else TEACHER
-    share_teacher(name, is_sample=source == "sample")
-    return name, None
-
-
-def teacher_source():
-    """Return where the teacher comes from, and log it.
-
-    "none": there is no teacher. "ready": it is TEACHER. "base": it is to be made of TEACHER_BASE.
-    "sample", "sample base": it is the sample teacher, which is there, or is to be made.
-    """
-    if starts_without_teacher():
-        return "none"
-    if os.path.exists(TEACHER):
-        if TEACHER_BASE is not None:
-            log(
-                "note",
-                f"{TEACHER} is there and is used as it is; delete it to have it made anew from "
-                f"{TEACHER_BASE}",
-            )
-        warn_if_sample_data()
-        return "ready"
-    if TEACHER_BASE is not None:
-        log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
-        warn_if_sample_data()
-        return "base"
-
-    if stands_in_for_teacher():
-        is_made = has_sample_teacher()
-        state = "(made before)" if is_made else "and is trained first (about a minute)"
-        separator = " " if is_made else ", "
-        log(
-            "teacher",
-            f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in"
-            f"{separator}{state}",
-        )
-        return "sample" if is_made else "sample base"
-    warn_if_sample_data()
-    return "ready"  # a hub name, or missing: `load_config` will tell
-
-
-def stands_in_for_teacher():
-    """Whether the sample teacher stands in: nobody has named a teacher, and DATA is the sample."""
-    is_untouched = (TEACHER, DATA) == (DEFAULT_TEACHER, "tests/sample")
-    is_named = "TEACHER" in COMMAND_LINE_SETTINGS
-    return is_untouched and not is_named and not os.path.exists(TEACHER)
-
-
-def is_sample_student(folder):
-    """Whether the student in `folder` is that of the sample teacher, and nobody names another."""
-    if not stands_in_for_teacher():
-        return False
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        settings = json.loads(Path(folder, "report.json").read_text("utf-8"))["settings"]
-        return (settings["TEACHER"], settings["DATA"]) == (TEACHER, DATA)
-    return False
-
-
-def sample_teacher_folder():
-    """Return the folder of the sample teacher: in CACHE, so that nobody takes it for their own."""
-    return os.path.join(CACHE, "sample_teacher")
-
-
-def warn_if_sample_data():
-    if DATA == "tests/sample":
-        log("note", "DATA is still the sample; set it to your teacher's data")
-
-
-def has_sample_teacher():
-    """Whether the sample teacher is made, and not damaged."""
-    name = sample_teacher_folder()
-    return load_with_checksum(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
-
-
-def refuse_teacher_elsewhere():
-    """Raise Problem if a machine has the TEACHER that the first one has not and is to make."""
-    for number, is_there in enumerate(gather_from_all(os.path.exists(TEACHER))):
-        if is_there:
-            raise Problem(
-                f"TEACHER = {TEACHER!r}: the first machine has none and would make one, but "
-                f"process {number} already has one. Copy that to the first machine, or delete it."
-            )
-
-
-def share_teacher(name, is_sample):
-    """Copy the teacher's folder from the first machine to those that do not have it.
-
-    name: where it lies, or is to lie, on this machine; a hub name is left to the hub.
-    is_sample: whether it is the sample teacher. That one is replaced where it is not the same as on
-    the first machine; any other folder that is already there is kept.
-    """
-    if world_size() == 1:
-        return
-    weights = f"{name}/model.safetensors"
+    is_sample = DATA == "tests/sample"
+    if not has_teacher():
+        if SOFT_LABELS_COLUMN is not None and STUDENT_INIT not in ("teacher", "random"):
+            return None, None
+        if is_sample and TEACHER_BASE is None:
+            return find_sample_teacher()
     if is_sample:
-        is_missing = file_digest(weights) != on_main_process(lambda: file_digest(weights))
-    else:
-        is_missing = not os.path.exists(name)
-    files = on_main_process(lambda: file_names(name))
-    if not files or not any(gather_from_all(is_missing)):
-        return
+        log("note", "DATA is still the sample; set it to your teacher's data")
+    if TEACHER_BASE is None:
+        return TEACHER, None
+    if os.path.exists(TEACHER):
+        log("note", f"{TEACHER} is used as it is; delete it to have it made from {TEACHER_BASE}")
+        return TEACHER, None
+    log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
+    training = TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE
+    return TEACHER, {"base": TEACHER_BASE, "training": training}
 
-    log("teacher", f"{name} is copied to the machines that do not have it")
-    writes = is_first_in(Path(os.path.realpath(name)).parent, is_candidate=is_missing)
-    with replaced_folder(name) if writes else contextlib.nullcontext() as new:
-        for file_name in files:
-            if writes:
-                (new / file_name).parent.mkdir(parents=True, exist_ok=True)
-            with open(new / file_name if writes else os.devnull, "wb") as file:
-                for part in read_on_main_process(Path(name, file_name)):
-                    file.write(part)
-    if writes and is_sample:
-        save_with_checksum(f"{name}.sum", file_digest(weights))
-    wait_for_all()
+
+def has_teacher():
+    """Whether somebody has named a TEACHER, or there is one at its default."""
+    is_named = TEACHER != DEFAULT_TEACHER or "TEACHER" in COMMAND_LINE_SETTINGS
+    return is_named or os.path.exists(TEACHER)
+
+
+def find_sample_teacher():
+    """`find_teacher` for the sample teacher. It is in CACHE, so that nobody takes it for theirs."""
+    name = os.path.join(CACHE, "sample_teacher")
+    is_made = load_with_checksum(f"{name}.sum") == file_digest(f"{name}/model.safetensors")
+    state = "(made before)" if is_made else "and is trained first (about a minute)"
+    log(
+        "teacher",
+        f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in {state}",
+    )
+    base = Path(__file__).resolve().parent / DATA / "base"
+    return name, None if is_made else {"base": str(base), "training": (6, 1e-3, 6)}
+
+
+def teacher_of_student(folder):
+    """Return the name of the teacher of the student in `folder`: TEACHER or the sample teacher."""
+    settings = saved_report(folder).get("settings", {})
+    is_sample = (settings.get("TEACHER"), settings.get("DATA")) == (DEFAULT_TEACHER, "tests/sample")
+    return os.path.join(CACHE, "sample_teacher") if is_sample and not has_teacher() else TEACHER
 
 
 def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collate_fn):
@@ -3947,40 +3168,22 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
     if is_sample:  # its base is a configuration without weights
         model = classifier_class(config)(config)
     else:
-        model = load_model(teacher_recipe["base"], "TEACHER_BASE", config)
-    trainer = make_trainer(
-        model,
-        data,
-        collate_fn,
-        HardLabelTrainer,
-        teacher_recipe["epochs"],
-        teacher_recipe["learning_rate"],
-        teacher_recipe["patience"],
-    )
+        model = on_main_process(lambda: load_model(TEACHER_BASE, "TEACHER_BASE", config))
+    training = teacher_recipe["training"]
+    trainer = make_trainer(model, data, collate_fn, HardLabelTrainer, *training)
     checkpoint_path = Path(CACHE, "teacher_checkpoint.pt")
     train(trainer, checkpoint_path, use_best_if_stopped=False)
-
-    def save():
-        save_folder(name, model, tokenizer)
+    if rank() == 0:
+        with replaced(name) as folder:
+            save_model(model, tokenizer, folder)
         if is_sample:
             save_with_checksum(f"{name}.sum", file_digest(f"{name}/model.safetensors"))
         checkpoint_path.unlink()
-
-    on_main_process(save)
-    share_teacher(name, is_sample)
 
 
 # ── Option: a teacher that ran elsewhere ──────────────────────────────────────────────────────────
 
 SOFT_LABELS_COLUMN = None  # column with the teacher's probabilities, lists; it is not asked again
-
-
-def starts_without_teacher():
-    """Whether the student starts from STUDENT_INIT because there is no TEACHER at all."""
-    is_named = TEACHER != DEFAULT_TEACHER or "TEACHER" in COMMAND_LINE_SETTINGS
-    has_start = STUDENT_INIT not in ("teacher", "random")
-    no_teacher = not is_named and not os.path.exists(TEACHER)
-    return SOFT_LABELS_COLUMN is not None and has_start and no_teacher
 
 
 def soft_label_columns():
@@ -3992,43 +3195,34 @@ def parse_soft_labels(rows, n_classes):
 
     Return (rows, {fault: numbers of the rows that have it, from 1}).
     """
-    faults = defaultdict(list)
 
-    def parse(batch, row_numbers):
-        parsed = []
-        values = batch[SOFT_LABELS_COLUMN]
-        for row_number, value in zip(row_numbers, values, strict=True):
-            probabilities, fault = parse_probabilities(value, n_classes)
-            if fault:
-                faults[f"{SOFT_LABELS_COLUMN} {fault}"].append(row_number + 1)
-            parsed.append(probabilities)
+    def parse(batch):
+        parsed = [parse_probabilities(value, n_classes) for value in batch[SOFT_LABELS_COLUMN]]
         return {"teacher_probabilities": parsed}
 
     features = datasets.Features(rows.features)
     features["teacher_probabilities"] = datasets.List(datasets.Value("float64"))
-    return map_to_cache(rows, parse, with_indices=True, features=features), faults
+    rows = map_to_cache(rows, parse, features=features)
+    is_faulty = rows.data.column("teacher_probabilities").is_null().to_numpy()
+    fault = f"{SOFT_LABELS_COLUMN} is not a list of {n_classes} probabilities that add up to 1"
+    return rows, {fault: (np.flatnonzero(is_faulty) + 1).tolist()}
 
 
 def parse_probabilities(value, n_classes):
-    """Return (probabilities, fault), of which one is None.
+    """Return a list of floats; None if `value` is no list of n_classes probabilities.
 
     value: a list of numbers, or the text of one, also as numpy writes it: "[0.1 0.9]" or
     "[np.float64(0.1), np.float64(0.9)]".
     """
-    numbers = value
     if isinstance(value, str):
-        numbers = re.sub(r"np\.float\d+|[][(),]", " ", value).split()
+        value = re.sub(r"np\.float\d+|[][(),]", " ", value).split()
     try:
-        probabilities = [float(number) for number in numbers]
+        probabilities = np.array(value, np.float64)
     except (TypeError, ValueError):
-        probabilities = []
-    if len(probabilities) != n_classes:
-        return None, f"is not a list of {n_classes} numbers, one for each label,"
-    if not all(0 <= probability <= 1.001 for probability in probabilities):  # NaN is not
-        return None, "has numbers that are no probabilities, from 0 to 1,"
-    if abs(sum(probabilities) - 1) > 1e-3:
-        return None, "has probabilities that do not add up to 1"
-    return probabilities, None
+        return None
+    if probabilities.shape != (n_classes,) or not (probabilities >= 0).all():  # NaN is not
+        return None
+    return probabilities.tolist() if abs(probabilities.sum() - 1) <= 1e-3 else None
 
 
 def add_given_soft_labels(data):
@@ -4058,18 +3252,14 @@ UNLABELED = None  # texts that only the teacher labels: a file (.txt: one per li
 AUGMENT = 0  # copies of each training text, with some words masked or left out
 AUGMENT_MASK = 0.1  # in a copy, the probability that a word becomes [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
-GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MateTrainer, too
-
-TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
+GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MethodTrainer
 
 
 def load_extra_texts(train_rows, tokenizer):
     """Return {"unlabeled": …, "copies": …}, as far as the settings ask for them."""
     extra = {}
     if UNLABELED:
-        n_classes = None
-        if SOFT_LABELS_COLUMN:
-            n_classes = len(train_rows[0]["teacher_probabilities"])
+        n_classes = len(train_rows[0]["teacher_probabilities"]) if SOFT_LABELS_COLUMN else None
         extra["unlabeled"] = read_unlabeled(n_classes)
     if AUGMENT:
         copies = map_to_cache(
@@ -4083,76 +3273,44 @@ def load_extra_texts(train_rows, tokenizer):
     return extra
 
 
+def take_fraction(rows, n_classes):
+    """Return TRAIN_FRACTION of the rows, each label in proportion."""
+    if TRAIN_FRACTION == 1:
+        return rows
+    with as_problem(
+        f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"
+    ):
+        rows = rows.cast_column("labels", datasets.ClassLabel(n_classes))
+        parts = rows.train_test_split(1 - TRAIN_FRACTION, seed=SEED, stratify_by_column="labels")
+        return parts["train"].cast_column("labels", datasets.Value("int64"))
+
+
 def read_unlabeled(n_classes=None):
     """Return the texts of UNLABELED, with NO_LABEL as their label.
 
     n_classes: the number of soft labels of each, with SOFT_LABELS_COLUMN.
     """
-    parts = []
     columns = [*text_columns(), *soft_label_columns()]
-    for name, rows in unlabeled_parts(columns):
-        part = take_columns(name, columns, rows)
-        for column in text_columns():
-            kind = part.features[column]
-            if getattr(kind, "dtype", None) not in TEXT_TYPES:
-                raise Problem(
-                    f"UNLABELED = {UNLABELED!r}: column {column} of {name} holds {kind}; accepted "
-                    "are texts. Set TEXT_COLUMN to the column with the texts."
-                )
+    tables = []
+    for name, part in find_parts("UNLABELED", (*FILE_KINDS, ".txt")).items():
+        table = take_columns("UNLABELED", name, columns, read_part(part, columns))
         if SOFT_LABELS_COLUMN:
-            part, faults = parse_soft_labels(part, n_classes)
-            refuse_faulty_rows(f"UNLABELED = {UNLABELED!r}", name, faults)
-            part = part.select_columns([*text_columns(), "teacher_probabilities"])
-        for column in text_columns():
-            part = part.cast_column(column, datasets.Value("string"))
-        parts.append(part)
-    rows = datasets.concatenate_datasets(parts)
+            table, faults = parse_soft_labels(table, n_classes)
+            refuse_faulty_rows("UNLABELED", name, faults)
+            table = table.select_columns([*text_columns(), "teacher_probabilities"])
+        tables.append(table)
+    rows = join_rows("UNLABELED", tables)
 
-    valid = []
-    for part in iter_batches(rows, *text_columns()):
-        valid += [all(map(is_text, texts)) for texts in zip(*part.values(), strict=True)]
-    valid = [number for number, is_valid in enumerate(valid) if is_valid]
-    if not valid:
+    is_valid = [all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())]
+    if not any(is_valid):
         raise Problem(
             f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None."
         )
-    if len(valid) < len(rows):
-        log(
-            "data",
-            f"{UNLABELED}: {len(rows) - len(valid):,} of {len(rows):,} rows hold no text and are "
-            "left out",
-        )
-    rows = rows.select(valid)
+    if not all(is_valid):
+        n_empty = is_valid.count(False)
+        log("data", f"{UNLABELED}: {n_empty:,} of {len(rows):,} rows hold no text: left out")
+    rows = rows.select(np.flatnonzero(is_valid))
     return rows.add_column("labels", [NO_LABEL] * len(rows))
-
-
-def unlabeled_parts(columns):
-    """Yield (name, rows) for each file of UNLABELED, or each split of a save_to_disk folder."""
-    path = Path(UNLABELED)
-    if path.is_dir() and {"state.json", "dataset_dict.json"} & set(os.listdir(path)):
-        with as_problem(f"UNLABELED = {UNLABELED!r}: cannot be read", "Save it again"):
-            forbid_outside_paths(path)
-            loaded = datasets.load_from_disk(UNLABELED).with_format(None)
-        yield from loaded.items() if isinstance(loaded, dict) else [("the set", loaded)]
-        return
-
-    kinds = *LABELED_KINDS, ".txt"
-    files = []
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        for file in sorted(path.iterdir()):
-            if file_kind(file) in kinds and not file.name.startswith("."):  # ._x of a Mac
-                files.append(file)
-    if not files:
-        raise Problem(
-            f"UNLABELED = {UNLABELED!r}: no such file or folder, or one without texts. Accepted "
-            f"are {', '.join(kinds)}; .txt has one text per line."
-        )
-    if path.is_dir():
-        report_unread_files(UNLABELED, path, files)
-    for file in files:
-        yield file.name, read_file(file, columns)
 
 
 def make_word_splitter(tokenizer):
@@ -4169,8 +3327,7 @@ def make_word_splitter(tokenizer):
         words = []
         end = 0
         for word in mecab.tokenize(text):
-            start = end
-            end = text.index(word, start) + len(word)
+            start, end = end, text.index(word, end) + len(word)
             words.append(text[start:end])
         return words
 
@@ -4191,9 +3348,7 @@ def augment(batch, row_numbers, split_words):
             words = split_words(batch[column][position])
             for _ in range(AUGMENT):
                 is_masked = generator.random(len(words)) < AUGMENT_MASK
-                new_words = []
-                for word, masked in zip(words, is_masked, strict=True):
-                    new_words.append(None if masked else word)
+                new_words = np.where(is_masked, None, np.array(words, object)).tolist()
                 if generator.random() < AUGMENT_NGRAM:
                     length = generator.integers(2, 10, endpoint=True)
                     start = generator.integers(max(len(new_words) - length, 0), endpoint=True)
@@ -4219,13 +3374,11 @@ def fill_masks(rows):
             probabilities = logits.softmax(-1)
             probabilities[:, tokenizer.all_special_ids] = 0
             drawn = torch.multinomial(probabilities, 1, generator=generator).flatten()
-            drawn_by_text = drawn.split(is_masked.sum(1).tolist())
-            for words, token_ids in zip(batch[column], drawn_by_text, strict=True):
-                masked_positions = [i for i, word in enumerate(words) if word is None]
-                tokens = tokenizer.convert_ids_to_tokens(token_ids)
-                # a truncated text has fewer tokens than masked words
-                for position, token in zip(masked_positions, tokens, strict=False):
-                    words[position] = token.removeprefix("##")
+            tokens = tokenizer.convert_ids_to_tokens(drawn)
+            for row, token in zip(is_masked.nonzero()[:, 0], tokens, strict=True):
+                words = batch[column][row]
+                if None in words:  # a text may also spell out [MASK]
+                    words[words.index(None)] = token.removeprefix("##")
         return batch
 
     return map_to_cache(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
@@ -4279,33 +3432,27 @@ def load_student_tokenizer(tokenizer, data):
 
     It is the teacher's, that of STUDENT_INIT, or one whose tokens are the words of the data.
     """
-    if STUDENT == "bilstm" and BILSTM_WORDS == "own":
-        student_tokenizer = make_word_tokenizer(data)
-    elif STUDENT == "bilstm" or STUDENT_INIT in ("teacher", "random"):
-        student_tokenizer = tokenizer
-    else:
-        student_tokenizer = load_init_tokenizer(tokenizer)
+    student_tokenizer = tokenizer
+    if STUDENT == "bilstm":
+        if BILSTM_WORDS == "own":
+            student_tokenizer = make_word_tokenizer(data)
+    elif STUDENT_INIT not in ("teacher", "random"):
+        config = load_config(STUDENT_INIT, "STUDENT_INIT")
+        student_tokenizer = load_tokenizer(STUDENT_INIT, config, "student")
+        has_same_type = type(student_tokenizer) is type(tokenizer)
+        if has_same_type and student_tokenizer.get_vocab() == tokenizer.get_vocab():
+            student_tokenizer = tokenizer
+        elif METHODS[METHOD].terms:
+            raise Problem(
+                f"STUDENT_INIT = {STUDENT_INIT!r}: its tokens are not the teacher's, as METHOD = "
+                f"{METHOD!r} needs."
+            )
     with as_problem(
         "the student's tokenizer cannot be saved",
         "Save it anew with a current transformers, and name it in TOKENIZER",
     ):
         student_tokenizer.save_pretrained(scratch_folder() / "tokenizer")
     return student_tokenizer
-
-
-def load_init_tokenizer(tokenizer):
-    """Return the tokenizer of STUDENT_INIT, or `tokenizer` itself if the two are the same."""
-    config = load_config(STUDENT_INIT, "STUDENT_INIT")
-    init_tokenizer = load_tokenizer(STUDENT_INIT, config, "student")
-    has_same_type = type(init_tokenizer) is type(tokenizer)
-    if has_same_type and init_tokenizer.get_vocab() == tokenizer.get_vocab():
-        return tokenizer
-    if METHOD in METHOD_TERMS:
-        raise Problem(
-            f"STUDENT_INIT = {STUDENT_INIT!r}: its tokens are not the teacher's, as METHOD = "
-            f"{METHOD!r} needs."
-        )
-    return init_tokenizer
 
 
 def use_student_ids(data):
@@ -4317,8 +3464,8 @@ def use_student_ids(data):
             if name.startswith("student_"):
                 new_names[name] = name.removeprefix("student_")
         # token types go with the teacher's ids, even if the student's tokenizer makes none
-        replaced = {*new_names.values(), "token_type_ids"} & {*rows.column_names}
-        new_data[split] = rows.remove_columns([*replaced]).rename_columns(new_names)
+        old_names = {*new_names.values(), "token_type_ids"} & {*rows.column_names}
+        new_data[split] = rows.remove_columns([*old_names]).rename_columns(new_names)
     return new_data
 
 
@@ -4330,30 +3477,26 @@ def make_word_tokenizer(data):
     """
     mecab = MecabTokenizer(mecab_dic="unidic_lite")
     counts = Counter()
-    for split in "train", "unlabeled":
-        if split not in data:
-            continue
-        for column in text_columns():
-            for text in data[split][column]:
-                counts.update(mecab.tokenize(limit_characters(text)))
+    splits = [data[split] for split in ("train", "unlabeled") if split in data]
+    for rows, column in itertools.product(splits, text_columns()):
+        for text in rows[column]:
+            counts.update(mecab.tokenize(limit_characters(text)))
     frequent = sorted(word for word, count in counts.items() if count > 1)
     vocabulary = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *frequent])
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "vocab.txt")
-        path.write_text("\n".join(vocabulary), "utf-8")
-        tokenizer = transformers.BertJapaneseTokenizer(
-            str(path),
-            do_subword_tokenize=False,
-            word_tokenizer_type="mecab",
-            mecab_kwargs={"mecab_dic": "unidic_lite"},
-            model_max_length=MAX_LENGTH,
-        )
     log(
         "student",
-        f"its vocabulary: {len(tokenizer):,} words of {len(counts):,} in the training text",
+        f"its vocabulary: {len(vocabulary):,} words of {len(counts):,} in the training text",
     )
-    return tokenizer
+    path = scratch_folder() / "vocab.txt"
+    path.write_text("\n".join(vocabulary), "utf-8")
+    return transformers.BertJapaneseTokenizer(
+        str(path),
+        do_subword_tokenize=False,
+        word_tokenizer_type="mecab",
+        mecab_kwargs={"mecab_dic": "unidic_lite"},
+        model_max_length=MAX_LENGTH,
+    )
 
 
 class BiLSTM(transformers.PreTrainedModel):
@@ -4392,15 +3535,14 @@ class BiLSTM(transformers.PreTrainedModel):
 
         input_ids, attention_mask: (batch, length), padded at the end. token_type_ids play no part.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         x = self.dropout(self.embedding(input_ids)).transpose(0, 1)  # (length, batch, embedding)
-        length, batch_size = x.shape[:2]
-        rows = torch.arange(batch_size, device=x.device)
-        last = torch.full_like(rows, length - 1)
-        if attention_mask is not None:
-            last = attention_mask.sum(1) - 1
+        positions, rows = (torch.arange(size, device=x.device) for size in x.shape[:2])
+        last = attention_mask.sum(1) - 1
 
         # both directions end at the last word of a text; the padding stays behind it
-        backwards = (last - torch.arange(length, device=x.device)[:, None]).clamp(min=0)
+        backwards = (last - positions[:, None]).clamp(min=0)
         forward_state = self.lstm_states(x, "")[last, rows]
         backward_state = self.lstm_states(x[backwards, rows], "_reverse")[last, rows]
 
@@ -4422,9 +3564,9 @@ class BiLSTM(transformers.PreTrainedModel):
         weights = [getattr(self.lstm, name + direction) for name in names]
         zero = x.new_zeros(1, x.shape[1], self.config.hidden_size)
         if not torch.compiler.is_exporting():
-            return torch.lstm(x, (zero, zero), weights, True, 1, 0.0, self.training, False, False)[
-                0
-            ]
+            # with biases, 1 layer, no dropout, one direction, the length first
+            options = True, 1, 0.0, self.training, False, False
+            return torch.lstm(x, (zero, zero), weights, *options)[0]
 
         # torch.export would unroll torch.lstm for one length; it keeps a scan as a loop
         from torch._higher_order_ops.scan import scan
@@ -4492,26 +3634,12 @@ def student_learning_rate():
 
 # ── Option: other methods ─────────────────────────────────────────────────────────────────────────
 
-LOSS_WEIGHTS = None  # of the terms of a METHOD, in the order of METHOD_TERMS; None: the paper's
+LOSS_WEIGHTS = None  # of the terms of a METHOD, in the order of its class; None: the paper's
 MASK_RATE = 0.3  # the probability that a token of a rewritten text is replaced
 GENERATOR_STEPS = 10  # steps of the generator, towards texts on which the student errs; then
 STUDENT_STEPS = 100  # steps of the student; and so on
 GENERATOR_LEARNING_RATE = 5e-7  # in the steps of the generator
 
-# METHOD → the terms of its loss and their weights. ′ marks a term of the rewritten texts.
-METHOD_TERMS = {
-    "rail": {"CE": 1 / 3, "KL": 1 / 3, "RAIL": 1 / 3},  # arXiv:2109.10164
-    "mate": {"CE": 1 / 3, "KL": 1 / 3, "KL′": 1 / 3},  # arXiv:2105.05912
-    "cilda": {"CE": 0.333, "KL": 0.333, "CE′": 0.222, "KL′": 0.111},  # arXiv:2204.07674
-    "cilda+minild": {  # 言語処理学会 2023 Q3-2
-        "CE": 2 / 9,
-        "KL": 2 / 9,
-        "CRD": 2 / 9,
-        "CE′": 1 / 6,
-        "KL′": 1 / 12,
-        "CRD′": 1 / 12,
-    },
-}
 PROJECTION_SIZE = 128  # of the vectors by which layers of teacher and student are compared
 CRD_TEMPERATURE = 2.0  # of the contrast between the texts of a batch
 GENERATOR_MAX_GRAD_NORM = 5.0
@@ -4540,24 +3668,32 @@ class LogitTrainer(CustomTrainer):
 
 
 class MethodTrainer(CustomTrainer):
-    """Base of the methods whose loss is a weighted sum of terms, METHOD_TERMS[METHOD].
+    """The base class of METHODs whose loss is a weighted sum of terms.
 
-    CE: cross-entropy with the hard labels. KL: from the teacher's probabilities to the student's,
-    at T = 1. In evaluation the loss has these two only, as they need nothing but the text.
+    CE    cross-entropy with the hard labels
+    KL    from the teacher's probabilities to the student's, at T = 1
+    RAIL, CRD, or another layer_term: `layer_loss` of the states of the layers
+    ′     the same of rewritten texts. A masked-language model, GENERATOR or one made of the
+          teacher, rewrites masked tokens. Every STUDENT_STEPS it is trained for GENERATOR_STEPS to
+          rewrite them so that the student errs and, if the layer_term is CRD, the layers are hard
+          to tell apart.
+
+    In evaluation the loss has CE and KL only, as they need nothing but the text.
     """
 
-    layer_term = None  # the term that compares layers: "RAIL" or "CRD"
+    softens = False
+    paper_weights = ()  # of the terms, unless LOSS_WEIGHTS is set
+    layer_term = None
 
     def set_up_method(self, teacher, tokenizer):
         self.teacher = teacher
         self.mask_token_id = tokenizer.mask_token_id
-        special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        self.special_ids = torch.tensor(sorted(special_ids))
-        self.terms = METHOD_TERMS[METHOD]
-        if LOSS_WEIGHTS is not None:
-            self.terms = dict(zip(self.terms, LOSS_WEIGHTS, strict=True))
+        special_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+        self.special_ids = torch.tensor(special_ids)
         self.n_tokens = max(tokenizer.get_vocab().values()) + 1  # a model may have more rows
-        self.run_id_parts = teacher, self.mask_token_id, sorted(special_ids), self.n_tokens
+        self.run_id_parts = teacher, self.mask_token_id, special_ids, self.n_tokens
+        self.weights = dict(zip(self.terms, LOSS_WEIGHTS or self.paper_weights, strict=True))
+        self.needs_all_embeddings = self.rewrites = "KL′" in self.terms
 
         # sorted by length: less padding where texts are taken in order
         rows = self.train_dataset
@@ -4567,126 +3703,104 @@ class MethodTrainer(CustomTrainer):
         # layers are compared as vectors of the same size
         config = teacher.config
         self.teacher_depth = getattr(config, "encoder_layers", config.num_hidden_layers)
+        depths_and_models = (len(self.teacher_layers()), teacher), (NUM_LAYERS, self.model)
         transformers.set_seed(SEED)
-        teacher_width = self.n_teacher_layers() * config.hidden_size
-        student_width = NUM_LAYERS * self.model.config.hidden_size
         self.projections = torch.nn.ModuleList(
-            torch.nn.Linear(width, PROJECTION_SIZE, bias=False)
-            for width in (teacher_width, student_width)
+            torch.nn.Linear(depth * model.config.hidden_size, PROJECTION_SIZE, bias=False)
+            for depth, model in depths_and_models
         )
         if self.layer_term in self.terms:  # on the texts themselves the teacher never changes
             self.train_dataset = self.with_teacher_layers(self.train_dataset)
+        self.checkpointed = {"projections": self.projections}
+        if self.rewrites:
+            self.generator = load_generator(tokenizer)[0] if GENERATOR else make_generator(self)
+            self.adversary = torch.nn.ModuleList([self.generator, self.projections])
+            self.generator_optimizer = torch.optim.AdamW(
+                self.adversary.parameters(), GENERATOR_LEARNING_RATE, fused=True
+            )
+            self.checkpointed = {
+                "adversary": self.adversary,
+                "generator_optimizer": self.generator_optimizer,
+            }
 
     def extra_state(self):
-        return {"projections": self.projections}
+        return self.checkpointed
+
+    def teacher_layers(self):
+        """Return the numbers of the teacher's layers to compare with those of the student."""
+        return np.arange(self.teacher_depth)
+
+    def pool(self, inputs, states):
+        """Return the states of a layer, (batch, length, hidden), as (batch, hidden)."""
+        return states[:, 0]
 
     def create_optimizer(self, *args):
         optimizer = super().create_optimizer(*args)
         if self.layer_term in self.terms:
-            projection_weights = [*self.projections.parameters()]
-            group = {"params": projection_weights, "weight_decay": WEIGHT_DECAY}
-            optimizer.add_param_group(group)
+            weights = [*self.projections.parameters()]
+            optimizer.add_param_group({"params": weights, "weight_decay": WEIGHT_DECAY})
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            self.before_step()
-        with_layers = model.training and self.layer_term in self.terms
-        losses, logits = self.losses(inputs, with_layers)
-        if model.training:
-            losses |= self.rewritten_losses(inputs)
-        loss = 0
-        for term, weight in self.terms.items():
-            if term in losses:
-                loss = loss + weight * losses[term]
+        is_training = model.training
+        if is_training and self.rewrites and self.state.global_step % STUDENT_STEPS == 0:
+            for _ in range(GENERATOR_STEPS):
+                self.generator_step(self.random_batch())
+        losses, logits = self.losses(model, inputs, is_training and self.layer_term in self.terms)
+        if is_training and self.rewrites:
+            with torch.no_grad():
+                rewritten = self.rewrite(inputs)
+            with_layers = f"{self.layer_term}′" in self.terms
+            rewritten_losses, _ = self.losses(model, inputs, with_layers, rewritten)
+            losses |= {f"{term}′": loss for term, loss in rewritten_losses.items()}
+        loss = sum(self.weights[term] * losses[term] for term in self.terms if term in losses)
         return (loss, SequenceClassifierOutput(logits=logits)) if return_outputs else loss
 
-    def before_step(self):
-        """What is trained besides the student, before each of its steps."""
+    def losses(self, model, inputs, with_layers, rewritten=None):
+        """Return ({"CE": loss, "KL": loss, with_layers also the layer_term}, logits) of a batch.
 
-    def rewritten_losses(self, inputs):
-        """Return the terms of the rewritten texts: {"KL′": loss, …}."""
-        return {}
-
-    def losses(self, inputs, with_layers, rewritten=None):
-        """Return ({"CE": loss, "KL": loss, with_layers also layer_term: loss}, logits) of a batch.
-
-        rewritten: see `MateTrainer.rewrite`; None: the texts as they are.
+        rewritten: see `rewrite`; None: the texts as they are.
         """
-        pool = self.make_pooling(inputs) if with_layers else None
-        logits, student_layers = forward_with_layers(self.model, inputs, rewritten, pool)
-        if rewritten is None:
-            soft_labels = inputs["soft_labels"]
-            teacher_layers = inputs.get("teacher_layers")
-        else:
+        pool = self.pool if with_layers else None
+        logits, student_layers = forward_with_layers(model, inputs, pool, rewritten)
+        soft_labels, teacher_layers = inputs["soft_labels"], inputs.get("teacher_layers")
+        if rewritten is not None:
             teacher_logits, teacher_layers = forward_with_layers(
-                self.teacher, inputs, rewritten, pool
+                self.teacher, inputs, pool, rewritten
             )
             soft_labels = F.softmax(teacher_logits, -1)
-
         labels = inputs["labels"]
         cross_entropy = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
         kl = F.kl_div(F.log_softmax(logits, -1), soft_labels, reduction="batchmean")
         losses = {"CE": cross_entropy / len(logits), "KL": kl}
         if with_layers:
-            layers = self.select_teacher_layers(teacher_layers), student_layers
-            vectors = []
-            for project, states in zip(self.projections, layers, strict=True):
-                vectors.append(project(states.flatten(1)))
-            losses[self.layer_term] = self.layer_loss(*vectors)
+            teacher_layers = teacher_layers[:, self.teacher_layers()]
+            project_teacher, project_student = self.projections
+            losses[self.layer_term] = self.layer_loss(
+                project_teacher(teacher_layers.flatten(1)),
+                project_student(student_layers.flatten(1)),
+            )
         return losses, logits
-
-    def layer_loss(self, teacher, student):
-        """Return the loss between projected layers, both (batch, PROJECTION_SIZE)."""
-        raise NotImplementedError
-
-    def n_teacher_layers(self):
-        """Return how many of the teacher's layers are compared in a step."""
-        return self.teacher_depth
-
-    def select_teacher_layers(self, teacher_layers):
-        """Return those of the teacher's layers that are compared; (batch, layers, hidden)."""
-        return teacher_layers
-
-    def make_pooling(self, inputs):
-        """Return a function from a layer's states, (batch, length, hidden), to (batch, hidden).
-
-        Here it takes the state of [CLS].
-        """
-        return lambda states: states[:, 0]
 
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
         parts = self.teacher, METHOD, self.special_ids.tolist(), code_of(), versions(), keys
         path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
-        temporary = str(scratch_folder() / path.name)
         if load_with_checksum(f"{path}.sum") != file_digest(path):
             log("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
 
             @torch.inference_mode()
             def pooled_layers(batch):
-                batch_rows = [
-                    dict(zip(batch, values, strict=True))
-                    for values in zip(*batch.values(), strict=True)
-                ]
-                inputs = self.data_collator(batch_rows)
-                pool = self.make_pooling(inputs)
-                _, layers = forward_with_layers(self.teacher, inputs, pool=pool)
+                inputs = self.data_collator(rows_of(batch))
+                _, layers = forward_with_layers(self.teacher, inputs, self.pool)
                 return {"teacher_layers": layers.numpy()}
 
-            columns = [
-                name for name in ("input_ids", "token_type_ids") if name in rows.column_names
-            ]
-            rows.select_columns(columns).map(
-                pooled_layers,
-                batched=True,
-                batch_size=64,
-                remove_columns=columns,
-                new_fingerprint=path.stem,
-                cache_file_name=temporary,
+            columns = [*{"input_ids", "token_type_ids"} & {*rows.column_names}]
+            new_rows = map_to_cache(
+                rows.select_columns(columns), pooled_layers, batch_size=64, remove_columns=columns
             )
-            os.replace(temporary, path)
+            os.replace(new_rows.cache_files[0]["filename"], path)
             save_with_checksum(f"{path}.sum", file_digest(path))
         layer_rows = datasets.Dataset.from_file(str(path))
         joined = datasets.concatenate_datasets([rows.flatten_indices(), layer_rows], axis=1)
@@ -4697,86 +3811,16 @@ class MethodTrainer(CustomTrainer):
         is_special = torch.isin(inputs["input_ids"], self.special_ids)
         return inputs["attention_mask"].bool() & ~is_special
 
-
-class RailTrainer(MethodTrainer):
-    """METHOD "rail": the student also learns the mean states of some layers (arXiv:2109.10164).
-
-    Which of the teacher's layers these are is drawn at random in each epoch.
-    """
-
-    layer_term = "RAIL"
-
-    def n_teacher_layers(self):
-        return min(NUM_LAYERS, self.teacher_depth)
-
-    def select_teacher_layers(self, teacher_layers):
-        generator = np.random.default_rng([SEED, int(self.state.epoch)])
-        drawn = generator.choice(self.teacher_depth, self.n_teacher_layers(), replace=False)
-        return teacher_layers[:, np.sort(drawn)]
-
-    def make_pooling(self, inputs):
-        """Mean over the ordinary tokens."""
-        is_counted = self.is_ordinary(inputs)
-        is_counted[:, 0] |= ~is_counted.any(1)  # a text of special tokens only
-        weights = is_counted / is_counted.sum(1, keepdim=True)
-        return lambda states: torch.einsum("bl,blh->bh", weights, states)
-
-    def layer_loss(self, teacher, student):
-        return rail_loss(teacher, student)
-
-
-class MateTrainer(MethodTrainer):
-    """METHOD "mate": the student also learns the teacher's answers on rewritten texts.
-
-    A masked-language model, GENERATOR or one made of the teacher, rewrites masked tokens. Every
-    STUDENT_STEPS it is trained for GENERATOR_STEPS to rewrite them so that the student errs
-    (arXiv:2105.05912).
-    """
-
-    needs_all_embeddings = True  # it writes tokens that the texts do not have
-    generator_needs_layers = False
-
-    def set_up_method(self, teacher, tokenizer):
-        super().set_up_method(teacher, tokenizer)
-        if GENERATOR is None:
-            self.generator = make_generator(self)
-        else:
-            self.generator, _ = load_generator(tokenizer)
-        self.adversary = torch.nn.ModuleList([self.generator, self.projections])
-        self.generator_optimizer = torch.optim.AdamW(
-            self.adversary.parameters(), GENERATOR_LEARNING_RATE, fused=True
-        )
-
-    def extra_state(self):
-        return {"adversary": self.adversary, "generator_optimizer": self.generator_optimizer}
-
-    def before_step(self):
-        if self.state.global_step % STUDENT_STEPS == 0:
-            for _ in range(GENERATOR_STEPS):
-                self.generator_step(self.random_batch())
-
-    def rewritten_losses(self, inputs):
-        with torch.no_grad():
-            rewritten = self.rewrite(inputs)
-        losses, _ = self.losses(inputs, "CRD′" in self.terms, rewritten)
-        return {f"{term}′": loss for term, loss in losses.items()}
-
     def generator_step(self, inputs):
-        """Train the generator (and the projections) for one step; return KL′ before it."""
+        """Train the generator (and the projections) for one step."""
         rewritten = self.rewrite(inputs, differentiable=True)
-        losses, _ = self.losses(inputs, self.generator_needs_layers, rewritten)
-        parameters = [*self.adversary.parameters()]
-        objective = self.generator_objective(losses)
-        gradients = torch.autograd.grad(-objective, parameters, allow_unused=True)  # maximize
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        weights = GENERATOR_WEIGHTS if self.layer_term in GENERATOR_WEIGHTS else {"KL": 1.0}
+        losses, _ = self.losses(self.model, inputs, self.layer_term in weights, rewritten)
+        objective = sum(weight * losses[term] for term, weight in weights.items())
+        (-objective).backward(inputs=[*self.adversary.parameters()])  # maximize
         clip_gradients(self.adversary, GENERATOR_MAX_GRAD_NORM)
         self.generator_optimizer.step()
         self.adversary.zero_grad()
-        return losses["KL"].item()
-
-    def generator_objective(self, losses):
-        return losses["KL"]
 
     def rewrite(self, inputs, differentiable=False):
         """Return (positions, tokens): where the generator rewrites, and what it draws there.
@@ -4808,35 +3852,64 @@ class MateTrainer(MethodTrainer):
         seed = int(torch.randint(2**31, []))
         order = length_grouped_order(self.lengths, BATCH_SIZE, seed)
         row_numbers = order[:BATCH_SIZE].tolist()
-        return self.data_collator([self.train_dataset[row_number] for row_number in row_numbers])
+        return self.data_collator([self.train_dataset[number] for number in row_numbers])
 
 
-class CildaTrainer(MateTrainer):
-    """METHOD "cilda": the rewritten texts keep their hard labels, and the generator also looks for
-    texts whose layers are hard to tell apart (CRD; arXiv:2204.07674).
-    """
+class RailTrainer(MethodTrainer):
+    """METHOD "rail": the distance of layers' mean states (arXiv:2109.10164)."""
 
-    layer_term = "CRD"
-    generator_needs_layers = True
+    terms = "CE", "KL", "RAIL"
+    paper_weights = 1 / 3, 1 / 3, 1 / 3
+    layer_term = "RAIL"
 
-    def generator_objective(self, losses):
-        return sum(weight * losses[term] for term, weight in GENERATOR_WEIGHTS.items())
+    def teacher_layers(self):
+        """They are drawn anew in each epoch, as many as the student has."""
+        generator = np.random.default_rng([SEED, int(self.state.epoch or 0)])
+        n_layers = min(NUM_LAYERS, self.teacher_depth)
+        return np.sort(generator.choice(self.teacher_depth, n_layers, replace=False))
+
+    def pool(self, inputs, states):
+        is_counted = self.is_ordinary(inputs)
+        is_counted[:, 0] |= ~is_counted.any(1)  # a text of special tokens only
+        weights = is_counted / is_counted.sum(1, keepdim=True)
+        return torch.einsum("bl,blh->bh", weights, states)
 
     def layer_loss(self, teacher, student):
-        return contrastive_loss(teacher, student)
+        return (F.normalize(teacher) - F.normalize(student)).norm(dim=-1).mean()
+
+
+class MateTrainer(MethodTrainer):
+    """METHOD "mate": rewritten texts (arXiv:2105.05912)."""
+
+    terms = "CE", "KL", "KL′"
+    paper_weights = 1 / 3, 1 / 3, 1 / 3
+
+
+class CildaTrainer(MethodTrainer):
+    """METHOD "cilda": texts rewritten to make layers hard to tell apart (arXiv:2204.07674)."""
+
+    terms = "CE", "KL", "CE′", "KL′"
+    paper_weights = 0.333, 0.333, 0.222, 0.111
+    layer_term = "CRD"
+
+    def layer_loss(self, teacher, student):
+        """How hard it is to find, by the cosine, the student's vector of the same text."""
+        cosines = F.normalize(teacher) @ F.normalize(student).T
+        return F.cross_entropy(cosines / CRD_TEMPERATURE, torch.arange(len(cosines)))
 
 
 class CildaMinildTrainer(CildaTrainer):
-    """METHOD "cilda+minild": the student also minimizes CRD (言語処理学会 2023 Q3-2).
+    """METHOD "cilda+minild": the student, too, compares layers (言語処理学会 2023 Q3-2)."""
 
-    CRD is divided by its value where nothing can be told apart, the logarithm of the batch size.
-    """
+    terms = "CE", "KL", "CRD", "CE′", "KL′", "CRD′"
+    paper_weights = 2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12
 
     def layer_loss(self, teacher, student):
-        return contrastive_loss(teacher, student) / math.log(max(len(teacher), 2))
+        """CRD over its value where nothing can be told apart, the logarithm of the batch size."""
+        return super().layer_loss(teacher, student) / math.log(max(len(teacher), 2))
 
 
-# METHOD → class of its trainer
+# METHOD → class of its trainer. A new method needs no other entry.
 METHODS = {
     "none": HardLabelTrainer,
     "kd": CustomTrainer,
@@ -4848,25 +3921,11 @@ METHODS = {
 }
 
 
-def rail_loss(teacher, student):
-    """Return the mean distance of normalized vectors; both are (batch, PROJECTION_SIZE)."""
-    return (F.normalize(teacher) - F.normalize(student)).norm(dim=-1).mean()
-
-
-def contrastive_loss(teacher, student):
-    """Return CRD: how hard it is to find, by the cosine, the student vector of the same text.
-
-    Both are (batch, PROJECTION_SIZE) (arXiv:2204.07674).
-    """
-    cosines = F.normalize(teacher) @ F.normalize(student).T
-    return F.cross_entropy(cosines / CRD_TEMPERATURE, torch.arange(len(cosines)))
-
-
-def forward_with_layers(model, inputs, rewritten=None, pool=None):
+def forward_with_layers(model, inputs, pool=None, rewritten=None):
     """Return (logits, layers) of a batch, of which some tokens may be rewritten.
 
-    rewritten: see `MateTrainer.rewrite`. pool: a function from the states of a layer to (batch,
-    hidden). layers: pooled states of each encoder layer, (batch, layers, hidden), or None.
+    pool: see `MethodTrainer.pool`; rewritten: see `MethodTrainer.rewrite`.
+    layers: pooled states of each encoder layer, (batch, layers, hidden); None without pool.
     """
     arguments = model_inputs(inputs)
     if pool:
@@ -4882,7 +3941,7 @@ def forward_with_layers(model, inputs, rewritten=None, pool=None):
     if pool is None:
         return outputs.logits, None
     states = outputs.get("encoder_hidden_states") or outputs.get("hidden_states")
-    layers = [pool(layer_states) for layer_states in states[1:]]  # 0: the embeddings
+    layers = [pool(inputs, layer_states) for layer_states in states[1:]]  # 0: the embeddings
     return outputs.logits, torch.stack(layers, 1)
 
 
@@ -4938,13 +3997,8 @@ def make_generator(trainer):
         range(min(2, trainer.teacher_depth)),
         teacher.state_dict(),
     )
-    code = code_of(
-        "make_generator",
-        "MateTrainer.mask",
-        "MateTrainer.random_batch",
-        "MethodTrainer.is_ordinary",
-        "make_collate_fn",
-    )
+    methods = (f"MethodTrainer.{name}" for name in ("mask", "random_batch", "is_ordinary"))
+    code = code_of("make_generator", *methods, "make_collate_fn")
     parts = teacher, SEED, trainer.mask_token_id, trainer.special_ids.tolist(), code
     keys = iter_batches(trainer.train_dataset, "key")
     weights = cached("generator", lambda: warm_start(generator, trainer), *parts, keys)
@@ -4958,9 +4012,8 @@ def warm_start(generator, trainer):
         "generator",
         "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers",
     )
-    optimizer = torch.optim.AdamW(
-        generator.train().parameters(), WARM_START_LEARNING_RATE, fused=True
-    )
+    weights = generator.train().parameters()
+    optimizer = torch.optim.AdamW(weights, WARM_START_LEARNING_RATE, fused=True)
     for _ in progress_bar(range(WARM_START_STEPS), desc="generator"):
         batch = trainer.random_batch()
         positions = trainer.mask(batch)
@@ -5025,11 +4078,12 @@ def train_baseline(student, data, collate_fn):
     if rank() != 0:
         return None
     predictions = {split: predict(trainer, data[split]) for split in ("val", "test")}
-    best_epoch = min(history, key=lambda epoch_record: epoch_record["val_loss"])
     return {
-        "splits": evaluate(predictions)["student"],
+        "splits": {
+            split: compute_metrics(outputs, "student") for split, outputs in predictions.items()
+        },
         "epochs": len(history),
-        "best_epoch": best_epoch["epoch"],
+        "best_epoch": best_epoch_of(history)["epoch"],
     }
 
 
@@ -5059,68 +4113,52 @@ def evaluate_cascade(val, test):
     teacher is asked), accuracy, agreement and speedup (over the teacher alone); and curve, lists of
     share, accuracy and speedup at every hundredth of the share. A speedup that is unknown is None.
     """
-    threshold = choose_threshold(val)
-    curve = cascade_curve(test)
+    val_curve, test_curve = cascade_curve(val), cascade_curve(test)
+    target = CASCADE_KEEPS * val_curve["accuracy"].iloc[-1] - 1e-9  # all asked: the teacher alone
+    # a threshold cannot separate texts of the same probability
+    thresholds = val_curve.drop_duplicates("threshold", keep="last")
+    threshold = thresholds.loc[thresholds["accuracy"] >= target, "threshold"].iloc[0]
+    at_threshold = test_curve[test_curve["threshold"] <= threshold].iloc[-1]
+
     n_texts = len(test["labels"])
-    n_asked = int((curve["probability"] <= threshold).sum())
-    n_points = min(n_texts, 100) + 1
-    points = [round(n_texts * number / (n_points - 1)) for number in range(n_points)]
+    n_asked = np.linspace(0, n_texts, min(n_texts, 100) + 1).round()
+    points = test_curve[["share", "accuracy", "speedup"]].iloc[n_asked]
     return {
-        "threshold": threshold,
-        "share": n_asked / n_texts,
-        "accuracy": curve["accuracy"][n_asked],
-        "agreement": curve["agreement"][n_asked],
-        "speedup": curve["speedup"][n_asked],
-        "curve": {
-            "share": [point / n_texts for point in points],
-            "accuracy": [curve["accuracy"][point] for point in points],
-            "speedup": [curve["speedup"][point] for point in points],
-        },
+        "threshold": float(threshold),
+        **at_threshold[["share", "accuracy", "agreement", "speedup"]].to_dict(),
+        "curve": points.to_dict("list"),
     }
 
 
 def cascade_curve(outputs):
-    """Return lists of accuracy, agreement and speedup if the teacher is asked 0, 1, … all texts.
+    """Return what the two are together if the teacher is asked 0, 1, … all texts, a table.
 
-    Those of which the student is least sure come first. probability: the student's, in this order.
+    Those of which the student is least sure come first. A row for each number of texts, with the
+    columns threshold (the last text's probability), share, accuracy, agreement and speedup.
     outputs: what `predict` returns.
     """
-    probability, predicted = outputs["logits"].softmax(-1).max(-1)
+    labels, seconds = outputs["labels"], outputs["seconds"]
+    probability, answers = outputs["logits"]["student"].softmax(-1).max(-1)
+    teacher_answers = outputs["logits"]["teacher"].argmax(-1)
+    agrees = answers == teacher_answers
     probability, order = probability.sort(stable=True)
-    labels, predicted = outputs["labels"][order], predicted[order]
-    teacher_predicted = outputs["teacher_logits"].argmax(-1)[order]
-    teacher_seconds = outputs["teacher_seconds"][order].double()
 
-    def running_sum(values):  # of the first 0, 1, … all
-        return F.pad(values.double().cumsum(0), (1, 0))
+    def sums(values, values_if_asked):  # over all texts, if the first 0, 1, … are asked
+        changes = values_if_asked.double() - values.double()
+        return values.double().sum() + F.pad(changes[order].cumsum(0), (1, 0))
 
-    is_correct, teacher_is_correct = predicted == labels, teacher_predicted == labels
-    n_correct = is_correct.sum() + running_sum(teacher_is_correct) - running_sum(is_correct)
-    agrees = predicted == teacher_predicted
-    n_agreeing = agrees.sum() + running_sum(~agrees)
-    seconds = outputs["seconds"].double().sum() + running_sum(teacher_seconds)
-    speedup = teacher_seconds.sum() / seconds
-    is_known = teacher_seconds.sum() > 0  # it is not if the teacher ran elsewhere
-    return {
-        "probability": probability,
-        "accuracy": (n_correct / len(labels)).tolist(),
-        "agreement": (n_agreeing / len(labels)).tolist(),
-        "speedup": speedup.tolist() if is_known else [None] * len(speedup),
+    n_texts = len(labels)
+    all_seconds = sums(seconds["student"], seconds["student"] + seconds["teacher"])
+    teacher_seconds = seconds["teacher"].double().sum()  # 0: it ran elsewhere
+    curve = {
+        "threshold": F.pad(probability.double(), (1, 0)),
+        "share": torch.arange(n_texts + 1.0, dtype=torch.float64) / n_texts,
+        "accuracy": sums(answers == labels, teacher_answers == labels) / n_texts,
+        "agreement": sums(agrees, torch.ones_like(agrees)) / n_texts,
+        "speedup": teacher_seconds / all_seconds,
     }
-
-
-def choose_threshold(val):
-    """Return the lowest threshold that keeps CASCADE_KEEPS of the teacher's accuracy on val."""
-    curve = cascade_curve(val)
-    target = CASCADE_KEEPS * curve["accuracy"][-1] - 1e-9  # all asked: the teacher's accuracy
-    probabilities = curve["probability"].tolist()
-    for n_asked, accuracy in enumerate(curve["accuracy"]):
-        threshold = probabilities[n_asked - 1] if n_asked > 0 else 0.0
-        next_probability = probabilities[n_asked] if n_asked < len(probabilities) else None
-        # a threshold cannot separate texts of the same probability
-        if accuracy >= target and threshold != next_probability:
-            break
-    return threshold  # at the latest the one that asks all
+    table = pandas.DataFrame({name: values.tolist() for name, values in curve.items()})
+    return table if teacher_seconds else table.assign(speedup=None)
 
 
 def format_cascade(cascade):
@@ -5202,18 +4240,18 @@ def load_asked_teacher(name, threshold, folder, student, student_tokenizer):
 
 def saved_threshold(folder):
     """Return the threshold in the report of a student; Problem if it is of another teacher."""
-    with as_problem(
-        f"{folder!r}: its report.json holds no threshold of a cascade", "Give one, from 0 to 1"
-    ):
-        report = json.loads(Path(folder, "report.json").read_text("utf-8"))
-        threshold = report["cascade"]["threshold"]
-        column = report["settings"].get("SOFT_LABELS_COLUMN")
+    report = saved_report(folder)
+    if "cascade" not in report:
+        raise Problem(
+            f"{folder!r}: its report.json holds no threshold of a cascade. Give one, from 0 to 1."
+        )
+    column = report["settings"].get("SOFT_LABELS_COLUMN")
     if column is not None:
         raise Problem(
             f"{folder!r}: the threshold in its report.json is for the teacher of the column "
             f"{column}, which ran elsewhere. Give one for this teacher, from 0 to 1."
         )
-    return threshold
+    return report["cascade"]["threshold"]
 
 
 def ask_teacher(answers, texts, model, tokenizer, threshold):
@@ -5247,10 +4285,9 @@ class ExportGraph(torch.nn.Module):
         self.student = student
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:  # not all families take them
-            arguments["token_type_ids"] = token_type_ids
-        return self.student(**arguments).logits
+        # not all families take token types
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.student(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
 
 @torch.no_grad()
@@ -5260,85 +4297,72 @@ def export(student, rows, collate_fn, report):
     Each file is loaded again and classifies `rows`. No file is kept unless the graph's logits are
     within 1e-4 of the student's; those of 8-bit weights are not, and their accuracy is reported.
     """
+    advice = "Choose another format, or None"
+    write = export_pt2 if EXPORT == "pt2" else export_onnx
     with (
-        new_folder() as folder,
+        replaced(OUTPUT) as folder,
+        as_problem(f"EXPORT = {EXPORT!r}: failed, but the student is saved", advice),
         quiet_libraries(),
-        as_problem(
-            f"EXPORT = {EXPORT!r}: failed, but the student is saved",
-            "Choose another format, or None",
-        ),
     ):
+        shutil.copytree(OUTPUT, folder, dirs_exist_ok=True)
         graph = ExportGraph(student).eval()
-        example_rows = [rows[number % len(rows)] for number in range(8)]
-        example = model_inputs(collate_fn(example_rows))
-        programs = {"eager": lambda inputs: graph(**inputs)}
-        if EXPORT == "pt2":
-            programs |= export_pt2(graph, example, folder)
-        else:
-            programs |= export_onnx(graph, example, folder)
+        example = model_inputs(collate_fn([rows[number % len(rows)] for number in range(8)]))
+        free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=MAX_LENGTH)}
+        options = {"kwargs": example, "dynamic_shapes": dict.fromkeys(example, free)}
+        programs = {"eager": lambda inputs: graph(**inputs), **write(graph, options, folder)}
 
         figures = measure_programs(programs, rows, collate_fn, folder)
-        for name, program_figures in figures.items():
-            log_program(name, program_figures)
         if not figures[EXPORT_FILES[EXPORT]]["difference"] <= 1e-4:  # NaN, too, is a fault
             raise ValueError("its logits differ from the student's")
-
-        # the report first: a file that it does not name would look like somebody else's
         report["export"] = figures
-        report["files"] = sorted({*report["files"], *os.listdir(folder)})
-        write_report(report, Path(OUTPUT))
-        for name in os.listdir(folder):
-            os.replace(f"{folder}/{name}", f"{OUTPUT}/{name}")
+        report["files"] = sorted(os.listdir(folder))
+        write_report(report, folder)
 
 
-def export_options(example):
-    """Return the options of torch's exporters for inputs with any batch size and length."""
-    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=MAX_LENGTH)}
-    return {"kwargs": example, "dynamic_shapes": dict.fromkeys(example, free)}
+def export_pt2(graph, options, folder):
+    """Write student.pt2; return {file name: function from inputs to logits}.
 
-
-def export_pt2(graph, example, folder):
-    """Write student.pt2; return {file name: function from inputs to logits}."""
+    options: of torch's exporters, for inputs with any batch size and length.
+    """
     path = f"{folder}/student.pt2"
-    torch.export.save(torch.export.export(graph, (), **export_options(example)), path)
+    torch.export.save(torch.export.export(graph, (), **options), path)
     program = torch.export.load(path).module()
     return {"student.pt2": lambda inputs: program(**inputs)}
 
 
-def export_onnx(graph, example, folder):
+def export_onnx(graph, options, folder):
     """Write student.onnx and, for "onnx-int8", student_int8.onnx; return as `export_pt2` does."""
-    import onnx
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
 
-    path = f"{folder}/student.onnx"
     program = torch.onnx.export(
         graph,
         (),
-        **export_options(example),
-        input_names=[*example],
+        **options,
+        input_names=[*options["kwargs"]],
         output_names=["logits"],
         dynamo=True,  # the default from PyTorch 2.9 on
         verbose=False,
     )
-    program.save(path)
+    names = ["student.onnx"]
+    program.save(f"{folder}/student.onnx")
     if EXPORT == "onnx-int8":
+        names.append("student_int8.onnx")
         # ONNX Runtime has no 8-bit kernel for the two products with weights viewed by heads
-        excluded = [node.name for node in onnx.load(path).graph.node if "bmm" in node.name]
+        nodes = [node.name for node in program.model_proto.graph.node]
         quantize_dynamic(
-            path,
+            f"{folder}/student.onnx",
             f"{folder}/student_int8.onnx",
             per_channel=True,
             extra_options={"EnableSubgraph": True},
-            nodes_to_exclude=excluded,
+            nodes_to_exclude=[name for name in nodes if "bmm" in name],
         )
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
 
     def load(name):
         session = onnxruntime.InferenceSession(
-            f"{folder}/{name}", options, providers=["CPUExecutionProvider"]
+            f"{folder}/{name}", settings, providers=["CPUExecutionProvider"]
         )
 
         def run_session(inputs):
@@ -5347,7 +4371,7 @@ def export_onnx(graph, example, folder):
 
         return run_session
 
-    return {name: load(name) for name in sorted(os.listdir(folder))}
+    return {name: load(name) for name in names}
 
 
 def measure_programs(programs, rows, collate_fn, folder):
@@ -5355,54 +4379,50 @@ def measure_programs(programs, rows, collate_fn, folder):
 
     Milliseconds are median and p95 per batch, of 1 and of 32 texts.
     """
-    figures = {name: {} for name in programs}
+    figures = {}
+    labels = torch.tensor(rows["labels"][:])
     few_rows = rows.select(range(min(len(rows), 40)))
-    logits = {}
-    for batch_size, measured_rows in (1, few_rows), (32, rows):
-        for name, program in programs.items():  # in turn: their threads would compete
-            parts = []
-            seconds = []
+    for name, program in programs.items():  # in turn: their threads would compete
+        file = Path(folder, "model.safetensors" if name == "eager" else name)
+        figures[name] = {"bytes": file.stat().st_size}
+        for batch_size, measured_rows in (1, few_rows), (32, rows):
+            logits = []
+            milliseconds = []
             for batch in DataLoader(measured_rows, batch_size, collate_fn=collate_fn):
                 start = time.perf_counter()
-                parts.append(program(model_inputs(batch)))
-                seconds.append(time.perf_counter() - start)
-            logits[name] = torch.cat(parts)
-            milliseconds = np.array(seconds[1:] or seconds) * 1000  # the first is a warm-up
-            median, p95 = np.percentile(milliseconds, [50, 95])
+                logits.append(program(model_inputs(batch)))
+                milliseconds.append(1000 * (time.perf_counter() - start))
+            # the first batch is a warm-up
+            median, p95 = np.percentile(milliseconds[1:] or milliseconds, [50, 95])
             figures[name][f"milliseconds_{batch_size}"] = {"median": median, "p95": p95}
 
-    labels = torch.tensor(rows["labels"][:])
-    for name, program_figures in figures.items():
-        file = f"{OUTPUT}/model.safetensors" if name == "eager" else f"{folder}/{name}"
-        is_correct = logits[name].argmax(-1) == labels
-        program_figures["bytes"] = os.path.getsize(file)
-        program_figures["accuracy"] = is_correct.double().mean().item()
-        program_figures["difference"] = (logits[name] - logits["eager"]).abs().max().item()
+        logits = torch.cat(logits)
+        if name == "eager":
+            eager_logits = logits
+        figures[name]["accuracy"] = (logits.argmax(-1) == labels).double().mean().item()
+        figures[name]["difference"] = (logits - eager_logits).abs().max().item()
+        one_text, many_texts = figures[name]["milliseconds_1"], figures[name]["milliseconds_32"]
+        log(
+            "export",
+            f"{name:<17}{figures[name]['bytes']:11,} bytes, "
+            f"accuracy {figures[name]['accuracy']:.4f}, "
+            f"logits within {figures[name]['difference']:.0e}; "
+            f"1 text {one_text['median']:.2f} ms (p95 {one_text['p95']:.2f}), "
+            f"32 texts {many_texts['median']:.2f} ms (p95 {many_texts['p95']:.2f})",
+        )
     return figures
-
-
-def log_program(name, figures):
-    one_text, many_texts = figures["milliseconds_1"], figures["milliseconds_32"]
-    log(
-        "export",
-        f"{name:<17}{figures['bytes']:11,} bytes, accuracy {figures['accuracy']:.4f}, "
-        f"logits within {figures['difference']:.0e}; "
-        f"1 text {one_text['median']:.2f} ms (p95 {one_text['p95']:.2f}), "
-        f"32 texts {many_texts['median']:.2f} ms (p95 {many_texts['p95']:.2f})",
-    )
 
 
 @contextlib.contextmanager
 def quiet_libraries():
-    """Silence warnings and logs, here of torch.onnx about packages that are not needed."""
+    """Silence warnings and logs of torch.onnx about packages that are not needed."""
     import logging
     import warnings
 
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)
@@ -5421,21 +4441,41 @@ def load_student(folder, teacher=None, threshold=None):
     at most `threshold`: from 0 to 1, or None for the one in report.json, which was chosen on val.
     Each answer then says who gave it: "by": "student" or "teacher".
     """
+    answer_texts, _, _ = load_answerer(folder, teacher, threshold)
+
+    def classify(texts):
+        answers, _ = answer_texts([texts] if isinstance(texts, str) else list(texts))
+        return answers
+
+    return classify
+
+
+def load_answerer(folder, teacher, threshold):
+    """Return (function, tokenizer, texts per row); the arguments are those of `load_student`.
+
+    The function: a list of texts, and the number of texts before them → answers, and for each text
+    the number of its unknown tokens. Texts per row: 1 or 2, or None if the report does not tell.
+    """
+    if teacher is None and threshold is not None:
+        raise Problem(f"threshold = {threshold!r}: needs a teacher to be asked; name it, too.")
     folder = normalize_path(os.fspath(folder))
     model, tokenizer = load_saved(folder)
-    n_texts = texts_per_row(folder)
+    settings = saved_report(folder).get("settings", {})
+    n_texts = None
+    if "TEXT_PAIR_COLUMN" in settings:
+        n_texts = 1 if settings["TEXT_PAIR_COLUMN"] is None else 2
     asked_teacher = None
     if teacher is not None:
         asked_teacher = load_asked_teacher(teacher, threshold, folder, model, tokenizer)
-    elif threshold is not None:
-        raise Problem(f"threshold = {threshold!r}: needs a teacher to be asked; name it, too.")
 
-    def classify(texts):
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        answers = list(label_scores(model, tokenizer, encode_texts(tokenizer, texts, n_texts)))
-        return ask_teacher(answers, texts, *asked_teacher) if asked_teacher else answers
+    def answer_texts(texts, n_before=0):
+        encoded = encode_texts(tokenizer, texts, n_texts, n_before)
+        answers = label_scores(model, tokenizer, encoded)
+        if asked_teacher:
+            answers = ask_teacher(answers, texts, *asked_teacher)
+        return answers, encoded["unknown"]
 
-    return classify
+    return answer_texts, tokenizer, n_texts
 
 
 def load_saved(folder):
@@ -5444,13 +4484,11 @@ def load_saved(folder):
     with as_problem(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
         forbid_outside_paths(folder)
         saved_config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        if saved_config["architectures"][0] == "BiLSTM":
-            model = BiLSTM.from_pretrained(folder, dtype=torch.float32)
-        else:
-            config = load_config(folder, "OUTPUT")
-            model = classifier_class(config).from_pretrained(
-                folder, config=config, dtype=torch.float32
-            )
+        model_class, options = BiLSTM, {"dtype": torch.float32}
+        if saved_config["architectures"][0] != "BiLSTM":
+            options["config"] = load_config(folder, "OUTPUT")
+            model_class = classifier_class(options["config"])
+        model = model_class.from_pretrained(folder, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         fit_to_model(tokenizer, model.config)
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(model.config))
@@ -5459,50 +4497,37 @@ def load_saved(folder):
     return model.eval(), tokenizer
 
 
-def texts_per_row(folder):
-    """Return 2 if a student was trained on pairs of texts, 1 if not, None if it is unknown."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        settings = json.loads(Path(folder, "report.json").read_text("utf-8"))["settings"]
-        return 1 if settings["TEXT_PAIR_COLUMN"] is None else 2
-    return None
+def encode_texts(tokenizer, texts, n_texts=None, n_before=0):
+    """Return `encode` of a list of texts or of pairs of texts; Problem for anything else.
 
-
-def encode_texts(tokenizer, texts, n_texts=None):
-    """Return `encode` of a text, a list of texts, or a list of pairs; Problem for anything else.
-
-    n_texts: 1 or 2, if only texts or only pairs are accepted.
+    n_texts: 1 or 2, what is accepted; None: what the first is. n_before: texts before these, which
+    count in the message.
     """
-    if isinstance(texts, str):
-        texts = [texts]
-    rows = [[row] if isinstance(row, str) else row for row in texts]
-    if not rows:
-        return {"input_ids": []}
-    for number, row in enumerate(rows):
-        is_row = isinstance(row, tuple | list) and len(row) == len(rows[0]) in (1, 2)
+    if not texts:
+        return {"input_ids": [], "unknown": []}
+    if n_texts is None:
+        n_texts = 1 if isinstance(texts[0], str) else 2
+    rows = [(row,) if isinstance(row, str) else row for row in texts]
+    for number, row in enumerate(rows, n_before + 1):
+        is_row = isinstance(row, tuple | list) and len(row) == n_texts
         if not is_row or not all(isinstance(text, str) and is_encodable(text) for text in row):
+            accepted = "a pair of texts (in --predict with one tab between)"
             raise Problem(
-                f"texts[{number}] is {row!r:.60}; each must be a text or, in all rows alike, a "
-                "pair of texts, without lone surrogates."
+                f"text {number} is {texts[number - n_before - 1]!r:.60}: each must be "
+                f"{accepted if n_texts == 2 else 'a single text'}, in valid UTF-8."
             )
-    if len(rows[0]) != (n_texts or len(rows[0])):
-        raise Problem(
-            "the student was trained on pairs of texts: give both, in --predict with a tab between "
-            "them."
-            if n_texts == 2
-            else "the student was trained on single texts: give no pairs."
-        )
-    columns = list(zip(*rows, strict=True))
-    return encode(columns, tokenizer, tokenizer.model_max_length)
+    return encode(list(zip(*rows, strict=True)), tokenizer, tokenizer.model_max_length)
 
 
 def label_scores(model, tokenizer, encoded):
-    """Yield {"label": name, "score": probability} for each of the texts."""
+    """Return {"label": name, "score": probability} for each of the texts."""
     if not encoded["input_ids"]:
-        return
+        return []
     probabilities = classify_encoded(model, tokenizer, encoded).softmax(-1)
     scores, outputs = probabilities.max(-1)
-    for score, output in zip(scores.tolist(), outputs.tolist(), strict=True):
-        yield {"label": model.config.id2label[output], "score": score}
+    labels = [model.config.id2label[output] for output in outputs.tolist()]
+    rows = zip(labels, scores.tolist(), strict=True)
+    return [{"label": label, "score": score} for label, score in rows]
 
 
 def unknown_words(tokenizer, text):
@@ -5519,69 +4544,50 @@ def show_predictions(texts):
 
     With ASK_TEACHER also who gave it. Unknown words are named on standard error, each once.
     """
-    model, tokenizer = load_saved(OUTPUT)
-    asked_teacher = None
+    teacher = threshold = None
     if ASK_TEACHER is not None:
-        name = sample_teacher_folder() if is_sample_student(OUTPUT) else TEACHER
+        teacher = teacher_of_student(OUTPUT)
         threshold = None if ASK_TEACHER == "auto" else ASK_TEACHER
-        with contextlib.redirect_stdout(sys.stderr):  # notes are not answers
-            asked_teacher = load_asked_teacher(name, threshold, OUTPUT, model, tokenizer)
-    n_texts = texts_per_row(OUTPUT)
+    with contextlib.redirect_stdout(sys.stderr):  # notes are not answers
+        answer_texts, tokenizer, n_texts = load_answerer(OUTPUT, teacher, threshold)
     is_pair = n_texts == 2 or TEXT_PAIR_COLUMN is not None
     n_answered = 0
     named_words = set()
-    for lines in [texts] if texts else stdin_lines():
-        lines = [line.rstrip("\n") for line in lines]
-        valid_lines = list(itertools.takewhile(is_encodable, lines))
-        rows = [line.split("\t") if is_pair else line for line in valid_lines]
-        for number, row in enumerate(rows, n_answered + 1):
-            if is_pair and n_texts != 1 and len(row) != 2:
-                raise Problem(
-                    f"--predict: text {number} has {len(row) - 1} tabs; a pair is two texts with "
-                    "one tab between them."
-                )
-        encoded = encode_texts(tokenizer, rows, n_texts)
-        answers = label_scores(model, tokenizer, encoded)
-        if asked_teacher:
-            answers = ask_teacher(answers, rows, *asked_teacher)
-        n_unknown = encoded.get("unknown", ())
-        for line, answer, has_unknown in zip(valid_lines, answers, n_unknown, strict=True):
-            columns = [answer["label"], f"{answer['score']:.4f}"]
-            if asked_teacher:
-                columns.append(answer["by"])
-            print(*columns, sep="\t", flush=True)
-            if has_unknown and len(named_words) < 100:
-                text = line.replace("\t", " ") if is_pair else line
-                new_words = set(unknown_words(tokenizer, text)) - named_words
-                named_words |= new_words
-                if new_words:
-                    message = f"the student does not know {', '.join(sorted(new_words))}"
-                    print(f"note      {message}", file=sys.stderr, flush=True)
-        n_answered += len(valid_lines)
-        if len(valid_lines) < len(lines):
-            raise Problem(
-                f"--predict: text {n_answered + 1} is not UTF-8. Save the texts as UTF-8."
-            )
+    for chunk in [texts] if texts else stdin_lines():
+        # in groups, so that what comes before a line that is not UTF-8 is answered
+        for _, lines in itertools.groupby(chunk, is_encodable):
+            lines = [line.rstrip("\n") for line in lines]
+            rows = [line.split("\t") if is_pair and "\t" in line else line for line in lines]
+            answers, n_unknown = answer_texts(rows, n_answered)
+            n_answered += len(rows)
+            for line, answer, has_unknown in zip(lines, answers, n_unknown, strict=True):
+                columns = [answer["label"], f"{answer['score']:.4f}"]
+                if "by" in answer:
+                    columns.append(answer["by"])
+                print(*columns, sep="\t", flush=True)
+                if has_unknown and len(named_words) < 100:
+                    words = unknown_words(tokenizer, line.replace("\t", " "))
+                    new_words = {*words} - named_words
+                    named_words |= new_words
+                    if new_words:
+                        message = f"the student does not know {', '.join(sorted(new_words))}"
+                        print(f"note      {message}", file=sys.stderr, flush=True)
 
 
 def stdin_lines():
-    """Yield lists of the lines of standard input: as many as have come, and at least one."""
+    """Yield lists of the lines of standard input: as many as have come."""
     if sys.stdin is None:
         raise Problem("--predict: there are no texts, and no standard input to read them from.")
-    stream = getattr(sys.stdin, "buffer", None)
-    if stream is None:  # a notebook's, say
+    if not hasattr(sys.stdin, "buffer"):  # a notebook's, say
         yield list(sys.stdin)
         return
     utf_8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     decoder = io.IncrementalNewlineDecoder(utf_8, translate=True)
-    rest = ""
-    while part := stream.read1(1 << 16):
-        *lines, rest = (rest + decoder.decode(part)).split("\n")
-        if lines:
-            yield lines
-    rest = (rest + decoder.decode(b"", final=True)).removesuffix("\n")
-    if rest:
-        yield [rest]
+    part, rest = True, ""
+    while part:
+        part = sys.stdin.buffer.read1(1 << 16)
+        *lines, rest = (rest + decoder.decode(part, final=not part)).split("\n")
+        yield lines if part or not rest else [*lines, rest]
 
 
 DEFAULT_TERM = {
@@ -5611,7 +4617,9 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
     collate_fn: rows → dict of tensors; by default `pad_columns`.
 
     A second call with the same models, data, losses, collate_fn and settings returns the student of
-    the first, and one that was stopped goes on.
+    the first, and one that was stopped goes on. Functions and classes of the calling script or
+    notebook count by their code and by the values that they use; those of other files of the user
+    by these files (`own_modules`).
 
     EPOCHS, PATIENCE, LEARNING_RATE and so on are the constants of this file. Raise Problem for
     what does not fit.
@@ -5626,62 +4634,35 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
             )
     if world_size() > 1:
         raise Problem("distill runs in one process.")
-    splits = {split: with_lengths(rows) for split, rows in data.items()}
-    if collate_fn is None:
-        splits = {split: numeric_columns(rows) for split, rows in splits.items()}
-    apply_settings(normalized_paths())
-    refuse_faults(folder_faults({"CACHE": Path(CACHE)}))
-    make_cache()
+    splits = {split: as_dataset(rows, collate_fn is None) for split, rows in data.items()}
+    normalize_paths()
 
-    run_id_parts = [teacher, definition_of(teacher.eval(), student.train(), terms, collate_fn)]
-    teacher_names = {term["teacher"] for term in terms}
-    student_names = {term["student"] for term in terms}
-    with (
-        run_lock(["CACHE"]),
-        record_outputs(teacher, teacher_names) as call_teacher,
-        record_outputs(student, student_names) as call_student,
-    ):
-        trainer_class = functools.partial(
-            CustomLossTrainer, terms=terms, call_teacher=call_teacher, call_student=call_student
-        )
+    weights = *teacher.parameters(), *student.parameters()
+    is_trained = [weight.requires_grad for weight in weights]
+    run_id = hash_of(teacher.eval(), student.train(), is_trained, terms, collate_fn)
+    with contextlib.ExitStack() as stack:
+        refuse_faults(folder_faults(["CACHE"], stack))
+        collate_fn = collate_fn or pad_columns
         trainer = make_trainer(
-            student, splits, collate_fn or pad_columns, trainer_class, learning_rate=LEARNING_RATE
+            student, splits, collate_fn, CustomLossTrainer, learning_rate=LEARNING_RATE
         )
-        trainer.run_id_parts = run_id_parts
+        trainer.run_id_parts = [run_id]
+        trainer.terms = terms
+        trainer.call_teacher = recording(teacher, {term["teacher"] for term in terms}, stack)
+        trainer.call_student = recording(student, {term["student"] for term in terms}, stack)
         train(trainer, Path(CACHE, "distill.pt"))
     return student.eval()
 
 
-def definition_of(teacher, student, terms, collate_fn):
-    """Return a hash of what `distill` was called with: code, and what state_dict leaves out.
-
-    Functions and classes of the calling script or notebook count by their code and by the values
-    that they use; those that it imports from files of its own by all of these files. What cannot be
-    hashed gets a new hash in each call, so that nothing is reused.
-    """
-    parts = [collate_fn, own_modules()]
-    for term in terms:
-        loss = term["loss"]
-        parts.append(term | {"loss": CUSTOM_LOSSES[loss] if isinstance(loss, str) else loss})
-    for model in teacher, student:
-        for name, module in model.named_modules():
-            attributes = dict(vars(module))
-            del attributes["_parameters"], attributes["_modules"]
-            parts.append((name, type(module), attributes))
-        for name, weight in model.named_parameters():  # each shared weight once
-            parts.append((name, weight.requires_grad))
-    return hash_of(parts)
-
-
 def hash_of(*parts):
     """Return a hash of functions, classes and values, or a new one if they cannot be pickled."""
-    pickled = io.BytesIO()
+    state = hashlib.sha256()
     try:
-        NamingPickler(pickled).dump(parts)
+        NamingPickler(SimpleNamespace(write=state.update)).dump(parts)
     except Exception as error:
         log("note", f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
         return os.urandom(8).hex()
-    return hashlib.sha256(pickled.getbuffer()).hexdigest()
+    return state.hexdigest()
 
 
 class NamingPickler(Pickler):
@@ -5703,89 +4684,52 @@ class NamingPickler(Pickler):
 
 
 def own_modules():
-    """Return [(module, {name: code or value}, hash of its file)] for modules of the user's own.
+    """Return [(hash of the file, what is in memory)] for modules of the user's own, sorted.
 
-    These belong to no installed package. It is what is in memory, as their files may have been
-    edited since, and the files themselves. Of those that are to be imported later, the file alone.
+    These belong to no installed package. Their files may have been edited since they were loaded.
+    Of those that this file may import later, the file counts alone.
     """
-    contents = []
-    for name, module in sorted(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        is_script = module is sys.modules["__main__"] or name == __name__
-        if is_script or not is_own_file(path):
-            continue
-        values = {}
-        for key, value in vars(module).items():
-            if getattr(value, "__module__", None) == name:
-                values[key] = code_in_memory(value)
-            elif is_plain_value(value):
-                values[key] = value
-        values = {key: value for key, value in values.items() if not key.startswith("__")}
-        contents.append((name, values, file_digest(path)))
-    for name in sorted(imported_names() - sys.modules.keys()):
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    imports = " ".join(re.findall(r"^ *(?:import|from) (.+)", SOURCE, re.MULTILINE))
+    for name in {*re.findall(r"\w+", imports)} - files.keys():
         spec = importlib.util.find_spec(name)
-        if spec and is_own_file(spec.origin):
-            contents.append((name, {}, file_digest(spec.origin)))
+        files[name] = spec and spec.origin
+    installed = *site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib")
+    scripts = sys.modules["__main__"], sys.modules[__name__]
+    contents = []
+    for name, file in sorted(files.items()):
+        module = sys.modules.get(name)
+        is_file = str(file).endswith(".py") and os.path.isabs(file)
+        if is_file and module not in scripts and not file.startswith(installed):
+            contents.append((file_digest(file), values_in_memory(module)))
     return contents
 
 
-def is_own_file(path):
-    """Whether this is a Python file that belongs to no installed package."""
-    is_file = str(path).endswith(".py") and os.path.isabs(path)
-    return is_file and not any(Path(path).is_relative_to(folder) for folder in package_folders())
-
-
-@functools.cache
-def package_folders():
-    keys = "stdlib", "platstdlib", "purelib", "platlib"
-    return {sysconfig.get_path(key) for key in keys} | {site.getusersitepackages()}
-
-
-@functools.cache
-def imported_names():
-    """Return the first parts of the names of all modules that this file imports anywhere."""
-    names = set()
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    return {name.split(".")[0] for name in names}
-
-
-PLAIN_TYPES = str | bytes | int | float | torch.Tensor | np.ndarray | np.generic | None
+def values_in_memory(module):
+    """Return {name: value} of a module's plain values, and code and defaults of its functions."""
+    values = {}
+    for name, value in vars(module).items() if module else ():
+        if is_plain_value(value) and not name.startswith("__"):
+            values[name] = value
+        members = vars(value) if isinstance(value, type) else {"": value}
+        for key, member in members.items():
+            if isinstance(member, FunctionType) and member.__module__ == module.__name__:
+                code = member.__code__, member.__defaults__, member.__kwdefaults__
+                values[f"{name}.{key}"] = code
+    return values
 
 
 def is_plain_value(value):
     """Whether a value is a number, a text, a tensor or None, or consists of them."""
-    with contextlib.suppress(RecursionError):  # of a value that holds itself
-        if isinstance(value, dict):
-            return all(map(is_plain_value, [*value, *value.values()]))
-        if isinstance(value, tuple | list | set | frozenset):
+    if isinstance(value, dict):
+        value = *value, *value.values()
+    if isinstance(value, tuple | list | set | frozenset):
+        try:
             return all(map(is_plain_value, value))
-        return isinstance(value, PLAIN_TYPES)
-    return False
-
-
-def code_in_memory(value):
-    """Return the code of a function or class, without the numbers of its lines."""
-    if isinstance(value, type):
-        members = []
-        for name, member in sorted(vars(value).items()):
-            own_name = f"{value.__qualname__}.{name}"
-            if isinstance(member, type) and member.__qualname__ != own_name:
-                continue  # another class; two may name each other
-            members.append((name, code_in_memory(member)))
-        return members
-    code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
-    if code is None:
-        return None
-    constants = []
-    for constant in code.co_consts:
-        nested = isinstance(constant, CodeType)
-        constants.append(code_in_memory(constant) if nested else constant)
-    defaults = getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None)
-    return code.co_code, code.co_names, code.co_varnames, constants, defaults
+        except RecursionError:  # it holds itself
+            return False
+    plain_types = str | bytes | int | float | torch.Tensor | np.ndarray | np.generic | None
+    return isinstance(value, plain_types)
 
 
 def pad_columns(rows):
@@ -5794,6 +4738,8 @@ def pad_columns(rows):
     Lists are padded at the end to the longest of these rows: labels with NO_LABEL, others with 0.
     Rows of input_ids without an attention_mask get one.
     """
+    if "input_ids" in rows[0]:
+        rows = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in rows]
     batch = {}
     for name in rows[0]:
         with as_problem(
@@ -5801,74 +4747,67 @@ def pad_columns(rows):
             "Give numbers in every row, or a collate_fn",
         ):
             tensors = [torch.as_tensor(row[name]) for row in rows]
-        if tensors[0].dim() == 0:
-            batch[name] = torch.stack(tensors)
-            continue
         longest = max(tensors, key=torch.numel)  # an empty list has another type
         tensors = [tensor.to(longest.dtype) for tensor in tensors]
-        padding = NO_LABEL if name == "labels" else 0
-        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
-    if "input_ids" in batch and "attention_mask" not in batch:
-        tokens = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
-        batch["attention_mask"] = pad_sequence(tokens, batch_first=True)
+        if longest.dim() == 0:
+            batch[name] = torch.stack(tensors)
+        else:
+            padding = NO_LABEL if name == "labels" else 0
+            batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
     return batch
 
 
-def numeric_columns(rows):
-    """Return a Dataset with those of its columns that hold numbers, or lists of numbers."""
-    numeric = []
+def as_dataset(rows, only_numbers):
+    """Return rows, a Dataset or a list of dicts, as a Dataset with the column length.
+
+    only_numbers: without columns of anything but numbers, and lists of them.
+    """
+    if isinstance(rows, list):
+        rows = datasets.Dataset.from_list(rows)
+    rows = rows.with_format(None)
+    if "length" not in rows.column_names:
+        has_ids = "input_ids" in rows.column_names
+        lengths = list(map(len, rows["input_ids"])) if has_ids else [1] * len(rows)
+        rows = rows.add_column("length", lengths)
+    columns = []
     for name, kind in rows.features.items():
         while hasattr(kind, "feature"):  # of the members of a list
             kind = kind.feature
-        dtype = str(getattr(kind, "dtype", ""))
-        if re.match("u?int|float|bool", dtype):
-            numeric.append(name)
-    return rows.select_columns(numeric)
+        is_number = re.match("u?int|float|bool", str(getattr(kind, "dtype", "")))
+        if is_number or not only_numbers:
+            columns.append(name)
+    return rows.select_columns(columns)
 
 
 class CustomLossTrainer(CustomTrainer):
-    """The loss is the weighted sum of `terms`, over the outputs of two functions of the inputs."""
+    """The loss is the weighted sum of terms, over the outputs of two models.
 
-    def __init__(self, *args, terms, call_teacher, call_student, **options):
-        super().__init__(*args, **options)
-        self.terms = terms
-        self.call_teacher = call_teacher
-        self.call_student = call_student
+    `distill` sets its terms, and call_teacher and call_student, functions of `recording`.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        student_outputs = self.call_student(model_inputs(inputs))
+        student_outputs = self.call_student(inputs)
         with torch.no_grad():
-            teacher_outputs = self.call_teacher(model_inputs(inputs))
-        teacher_outputs = teacher_outputs | {"labels": inputs.get("labels")}
+            teacher_outputs = self.call_teacher(inputs) | {"labels": inputs.get("labels")}
         loss = 0
         for term in self.terms:
-            student_tensor = student_outputs.get(term["student"])
-            teacher_tensor = teacher_outputs.get(term["teacher"])
-            check_shapes(term, student_tensor, teacher_tensor)
+            tensors = student_outputs.get(term["student"]), teacher_outputs.get(term["teacher"])
+            shapes = [getattr(tensor, "shape", "no tensor") for tensor in tensors]
+            needs_same_shape = term["loss"] in ("kl", "mse", "cosine")
+            if "no tensor" in shapes or (needs_same_shape and shapes[0] != shapes[1]):
+                raise Problem(
+                    f"losses: {term}: the student's is {shapes[0]}, the teacher's {shapes[1]}. "
+                    "Name outputs, or modules of model.named_modules(), that fit each other, or "
+                    "give a function as loss."
+                )
             function = term["loss"]
             if isinstance(function, str):
                 function = CUSTOM_LOSSES[function]
-                tensors = student_tensor, teacher_tensor
-                student_tensor, teacher_tensor = tokens_only(*tensors, inputs.get("attention_mask"))
-            value = function(student_tensor, teacher_tensor, term["temperature"])
-            loss = loss + term["weight"] * value
+                tensors = tokens_only(*tensors, inputs.get("attention_mask"))
+            loss = loss + term["weight"] * function(*tensors, term["temperature"])
         if return_outputs:
             return loss, SequenceClassifierOutput(logits=student_outputs["logits"])
         return loss
-
-
-def check_shapes(term, student_tensor, teacher_tensor):
-    """Raise Problem if a term lacks a tensor, or its two tensors have different shapes."""
-    shapes = []
-    for tensor in student_tensor, teacher_tensor:
-        shapes.append(tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "no tensor")
-    needs_same_shape = term["loss"] in ("kl", "mse", "cosine")
-    if "no tensor" in shapes or (needs_same_shape and shapes[0] != shapes[1]):
-        raise Problem(
-            f"losses: {term}: the student's is {shapes[0]}, the teacher's {shapes[1]}. Name "
-            "outputs, or modules of model.named_modules(), that fit each other, or give a function "
-            "as loss."
-        )
 
 
 def tokens_only(student, teacher, attention_mask):
@@ -5876,13 +4815,12 @@ def tokens_only(student, teacher, attention_mask):
 
     teacher: may also be labels, (texts, length). Tensors of other shapes stay as they are.
     """
-    if student.dim() != 3:
+    shape = student.shape[:2]
+    if student.dim() != 3 or teacher.shape[:2] != shape:
         return student, teacher
-    is_token = torch.ones(student.shape[:2], dtype=torch.bool)
-    if attention_mask is not None and attention_mask.shape == is_token.shape:
-        is_token = attention_mask.bool()
-    if teacher.shape[:2] != is_token.shape:
-        return student, teacher
+    if attention_mask is None or attention_mask.shape != shape:
+        attention_mask = torch.ones(shape)
+    is_token = attention_mask.bool()
     return student[is_token], teacher[is_token]
 
 
@@ -5908,169 +4846,83 @@ def ce_loss(student, labels, temperature):
 CUSTOM_LOSSES = {"kl": kl_loss, "mse": mse_loss, "cosine": cosine_loss, "ce": ce_loss}
 
 
-@contextlib.contextmanager
-def record_outputs(model, names):
-    """Yield a function from inputs to {name: tensor}: the model's outputs, and those of modules.
+def recording(model, names, hooks):
+    """Return a function from a batch to {name: tensor}: the model's outputs, and those of modules.
 
-    names: of outputs, or of modules in model.named_modules().
+    names: of outputs, or of modules in model.named_modules(). hooks: an ExitStack, whose end
+    removes the hooks from the modules.
     """
-    module_outputs = {}
     modules = dict(model.named_modules())
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_any = takes_any and not isinstance(model, transformers.PreTrainedModel)
+    options = {}
+    if names & modules.keys() and isinstance(model, BertForSequenceClassification):
+        options["output_hidden_states"] = True  # only the stock forward runs every module
+    outputs = {}
 
-    def first_tensor(output):
-        return output if isinstance(output, torch.Tensor) else output[0]
+    def record(name, output):
+        outputs[name] = output if isinstance(output, torch.Tensor) else output[0]
 
-    def call(inputs):
-        arguments = {}
-        for name, value in inputs.items():
+    def call(batch):
+        arguments = dict(options)
+        for name, value in model_inputs(batch).items():
             if name in parameters or (takes_any and name != "length"):
                 arguments[name] = value
         output = model(**arguments)
-        outputs = dict(output) if isinstance(output, dict) else {"logits": first_tensor(output)}
-        return module_outputs | outputs
+        if isinstance(output, dict):
+            outputs.update(output)
+        else:
+            record("logits", output)
+        return outputs
 
-    def make_hook(name):
-        def hook(module, args, output):
-            module_outputs[name] = first_tensor(output)
+    for name in names & modules.keys():
 
-        return hook
+        def hook(module, args, output, name=name):
+            record(name, output)
 
-    module_names = names & modules.keys()
-    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in module_names]
-    needs_stock_forward = module_names and isinstance(model, BertForSequenceClassification)
-    if needs_stock_forward:  # the fast one does not run every module
-        output_hidden_states = model.config.output_hidden_states
-        model.config.output_hidden_states = True
-    try:
-        yield call
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if needs_stock_forward:
-            model.config.output_hidden_states = output_hidden_states
-
-
-def with_lengths(rows):
-    """Return rows, a Dataset or a list of dicts, as a Dataset with the column length."""
-    if isinstance(rows, list):
-        rows = datasets.Dataset.from_list(rows)
-    rows = rows.with_format(None)
-    if "length" in rows.column_names:
-        return rows
-    lengths = [1] * len(rows)
-    if "input_ids" in rows.column_names:
-        lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.add_column("length", lengths)
+        hooks.enter_context(modules[name].register_forward_hook(hook))
+    return call
 
 
 # ── Settings: checks and command line ─────────────────────────────────────────────────────────────
 
 
-def is_name(value):
-    return is_text(value) and "\0" not in value
+def one_of(values):
+    """Return the words for a choice of values, in the form of SETTING_RULES."""
+    return " or ".join(map(repr, values))
 
 
-def optional(test):
-    """Return a test that accepts None, too."""
-    return lambda value: value is None or test(value)
-
-
-def in_range(low, high=sys.float_info.max, kinds=(int, float)):
-    """Return a test: is a value a number of these types, low <= value <= high? NaN is not."""
-    return lambda value: type(value) in kinds and low <= value <= high
-
-
-def whole_number(low, high=sys.maxsize):
-    return in_range(low, high, kinds=(int,))
-
-
-def one_of(*values):
-    """Return (what is accepted, in words; its test) for a choice of values."""
-    words = " or ".join(f'"{value}"' if value else "None" for value in values)
-    return words, lambda value: value in values
-
-
-def is_layer_choice(value):
-    if isinstance(value, str):
-        return value in ("first", "middle", "last", "spread")
-    is_sequence = isinstance(value, tuple | list) and len(value) == NUM_LAYERS
-    return is_sequence and all(map(whole_number(0), value))
-
-
-def are_loss_weights(value):
-    """Whether a value has a weight for each term of METHOD.
-
-    CE or KL must count: without them there would be no validation loss.
-    """
-    n_terms = len(METHOD_TERMS.get(METHOD, ()))
-    is_sequence = isinstance(value, tuple | list) and len(value) == n_terms
-    return is_sequence and all(map(in_range(0), value)) and any(value[:2])
-
-
-POSITIVE = sys.float_info.min
-SETTING_RULES = [  # (settings, what they accept, in words; the test)
-    (
-        "TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO",
-        "a text",
-        is_name,
-    ),
-    (
-        "TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN SOFT_LABELS_COLUMN UNLABELED GENERATOR",
-        "a text or None",
-        optional(is_name),
-    ),
-    (
-        "TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE GENERATOR_STEPS STUDENT_STEPS",
-        "a whole number from 1",
-        whole_number(1),
-    ),
-    ("NUM_LAYERS", "a whole number from 1 to 100", whole_number(1, 100)),
-    (
-        "BILSTM_EMBEDDING BILSTM_HIDDEN",
-        "a whole number from 1 to 10000",
-        whole_number(1, 10_000),
-    ),
-    (
-        "TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM "
-        "GENERATOR_LEARNING_RATE",
-        "a number above 0",
-        in_range(POSITIVE),
-    ),
-    ("WARMUP_STEPS WEIGHT_DECAY", "a number from 0", in_range(0)),
-    ("AUGMENT REFIT_WORDS", "a whole number from 0", whole_number(0)),
-    ("MAX_LENGTH", "a whole number from 4", whole_number(4)),
-    ("SEED", "a whole number from 0 to 2147483648", whole_number(0, 2**31)),
-    ("DROPOUT", "a number from 0, below 1, or None", optional(in_range(0, 0.999))),
-    ("ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE", "a number from 0 to 1", in_range(0, 1)),
-    ("TRAIN_FRACTION CASCADE_KEEPS", "a number above 0, at most 1", in_range(POSITIVE, 1)),
-    ("BASELINE", "True or False", in_range(False, True, kinds=(bool,))),
-    (
-        "ASK_TEACHER",
-        'None, "auto" or a number from 0 to 1',
-        lambda value: value in (None, "auto") or in_range(0, 1)(value),
-    ),
-    ("METHOD", *one_of(*METHODS)),
-    (
-        "LOSS_WEIGHTS",
-        "None or, for a METHOD in METHOD_TERMS, a number from 0 for each of its terms, the first "
-        "or the second above 0",
-        optional(are_loss_weights),
-    ),
-    ("STUDENT", *one_of(*STUDENTS)),
-    ("SCHEDULE", *one_of("linear", "constant")),
-    ("BILSTM_WORDS", *one_of("own", "teacher")),
-    ("EXPORT", *one_of(None, *EXPORT_FILES)),
-    (
-        "INIT_LAYERS",
-        '"first", "middle", "last", "spread" or NUM_LAYERS numbers such as (0, 11)',
-        is_layer_choice,
-    ),
-]
-# setting → (its test; what it accepts, in words)
-ACCEPTED = {name: (test, words) for names, words, test in SETTING_RULES for name in names.split()}
+# settings → what they accept, as messages say it and `is_accepted` reads it: values, ranges of
+# numbers or keys of OTHER_RULES, with " or " between them
+SETTING_RULES = {
+    "TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO": "a text",
+    "TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN SOFT_LABELS_COLUMN": "a text or None",
+    "UNLABELED GENERATOR": "a text or None",
+    "TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE": "a whole number from 1",
+    "GENERATOR_STEPS STUDENT_STEPS": "a whole number from 1",
+    "NUM_LAYERS": "a whole number from 1 to 100",
+    "BILSTM_EMBEDDING BILSTM_HIDDEN": "a whole number from 1 to 10000",
+    "TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE": "a number above 0",
+    "GENERATOR_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM": "a number above 0",
+    "WARMUP_STEPS WEIGHT_DECAY": "a number from 0",
+    "AUGMENT REFIT_WORDS": "a whole number from 0",
+    "MAX_LENGTH": "a whole number from 4",
+    "SEED": "a whole number from 0 to 2147483648",
+    "DROPOUT": "a number from 0 to 0.999 or None",
+    "ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
+    "TRAIN_FRACTION CASCADE_KEEPS": "a number above 0 up to 1",
+    "BASELINE": "True or False",
+    "ASK_TEACHER": "None or 'auto' or a number from 0 to 1",
+    "METHOD": one_of(METHODS),
+    "LOSS_WEIGHTS": "None or a weight for each term of METHOD, CE's and KL's not both 0",
+    "STUDENT": one_of(STUDENTS),
+    "SCHEDULE": "'linear' or 'constant'",
+    "BILSTM_WORDS": "'own' or 'teacher'",
+    "EXPORT": one_of([None, *EXPORT_FILES]),
+    "INIT_LAYERS": "'first' or 'middle' or 'last' or 'spread' or NUM_LAYERS numbers like (0, 11)",
+}
+ACCEPTED = {name: words for names, words in SETTING_RULES.items() for name in names.split()}
 
 # settings that may be paths
 PATH_SETTINGS = (
@@ -6087,84 +4939,110 @@ PATH_SETTINGS = (
 COMMAND_LINE_SETTINGS = set()  # the settings that were given on the command line
 
 
+def is_accepted(value, words):
+    """Return whether a value is what these words, in the form of SETTING_RULES, say."""
+    if " or " in words:
+        return any(is_accepted(value, alternative) for alternative in words.split(" or "))
+    if words in OTHER_RULES:
+        return OTHER_RULES[words](value)
+    number = re.fullmatch(r"a (whole )?number (from|above) (\S+)(?:(?: up)? to (\S+))?", words)
+    if number is None:
+        return repr(value) == words
+    kinds, largest = ([int], sys.maxsize) if number[1] else ([int, float], sys.float_info.max)
+    low, high = float(number[3]), float(number[4] or largest)
+    is_excluded = number[2] == "above" and value == low
+    return type(value) in kinds and low <= value <= high and not is_excluded
+
+
+def is_name(value):
+    return is_text(value) and "\0" not in value
+
+
+def are_layers(value):
+    return is_sequence(value, NUM_LAYERS, "a whole number from 0")
+
+
+def are_loss_weights(value):
+    """Without CE and KL there would be no validation loss."""
+    n_terms = len(METHODS[METHOD].terms) if METHOD in METHODS else 0
+    return is_sequence(value, n_terms, "a number from 0") and any(value[:2])
+
+
+def is_sequence(value, length, words):
+    has_length = isinstance(value, tuple | list) and len(value) == length
+    return has_length and all(is_accepted(item, words) for item in value)
+
+
+OTHER_RULES = {
+    "a text": is_name,
+    "NUM_LAYERS numbers like (0, 11)": are_layers,
+    "a weight for each term of METHOD, CE's and KL's not both 0": are_loss_weights,
+}
+
+
 def read_command_line(argv):
-    """Return ({setting: value} as given in `argv`, the list after --predict or None)."""
+    """Return ({setting: value} as given in `argv`, the texts after --predict or None)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\nMap ")[0],
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--predict",
         nargs="*",
+        action="extend",
+        type=unmarked,
         metavar="TEXT",
         help="only run the student in OUTPUT: a label and its probability for each TEXT or, "
         "without any, for each line of standard input",
     )
-    groups = {}
-    for title, name, comment in documented_settings():
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            "--" + name.lower().replace("_", "-"),
-            default=argparse.SUPPRESS,
-            metavar="…",
-            help=f"{comment} [{globals()[name]}]".replace("%", "%%"),
-        )
-    argv, texts = take_texts(sys.argv[1:] if argv is None else argv)
-    options = vars(parser.parse_args(argv))
-    options.pop("predict")
-    changes = {name.upper(): parse_value(name.upper(), given) for name, given in options.items()}
-    return changes, texts
+    for title, comments in documented_settings().items():
+        group = parser.add_argument_group(title)
+        for name, comment in comments.items():
+            group.add_argument(
+                "--" + name.lower().replace("_", "-"),
+                dest=name,
+                type=functools.partial(parse_value, name),
+                metavar="…",
+                help=f"{comment} [{globals()[name]}]".replace("%", "%%"),
+            )
+    # argparse would take any text that begins with "-" for an option; a space before it helps
+    not_option = r"^(?!(-h|--[a-z][a-z-]*(=.*)?)\Z)"
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [re.sub(not_option, " ", argument, flags=re.DOTALL) for argument in argv]
+    changes = vars(parser.parse_args(argv))
+    return changes, changes.pop("predict", None)
 
 
-def take_texts(argv):
-    """Take the texts after --predict out of `argv`; return (the rest, texts).
-
-    They end at the next option. argparse would take a text that begins with "-" for one.
-    """
-    others, texts = [], None
-    after_predict = False
-    for argument in argv:
-        if re.fullmatch(r"-h|--[a-z][a-z-]*(=.*)?", argument, re.DOTALL):
-            after_predict = False
-        if argument == "--predict":
-            after_predict = True
-            texts = texts or []
-        elif argument.startswith("--predict="):
-            texts = [*(texts or []), argument.removeprefix("--predict=")]
-        elif after_predict:
-            texts.append(argument)
-        else:
-            others.append(argument)
-    return others, texts
+def unmarked(argument):
+    """Return an argument without the space that `read_command_line` puts before it."""
+    return argument.removeprefix(" ")
 
 
 def documented_settings():
-    """Yield (group, name, comment) for every setting, in the order of this file."""
-    section = group = ""
+    """Return {group: {name: comment}} for every setting, in the order of this file."""
+    groups = defaultdict(dict)
     for line in SOURCE.splitlines():
-        heading = re.fullmatch(r"# ── (.+?) ─+", line)
         setting = re.fullmatch(r"([A-Z_]+) = .+?(?:  # (.+))?", line)
-        if heading:
-            section = group = heading[1]
-        elif section == "Settings" and line.startswith("# "):
-            group = line[2:]
+        if line.startswith("# "):
+            title = line.strip("#─ ")
         elif setting and setting[1] in ACCEPTED:
-            yield group, setting[1], setting[2] or ""
+            groups[title][setting[1]] = setting[2] or ""
+    return groups
 
 
-def parse_value(name, given):
+def parse_value(name, argument):
     """Return a value from the command line: a Python literal, fractions allowed, or a text."""
-    test, _ = ACCEPTED[name]
-    value = given
+    text = value = unmarked(argument)
     with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
         decimals = re.sub(
-            r"\b(\d+)/(\d+)\b", lambda match: str(int(match[1]) / int(match[2])), given
+            r"\b(\d+)/(\d+)\b", lambda match: str(int(match[1]) / int(match[2])), text
         )
         value = ast.literal_eval(decimals)
-    if test(given) and not test(value):  # a folder by the name of 2024, say
-        return given
+    words = ACCEPTED[name]
+    if is_accepted(text, words) and not is_accepted(value, words):  # a folder by the name of 2024
+        return text
     return value
 
 
@@ -6173,37 +5051,32 @@ def apply_settings(changes):
     globals().update(changes)
 
 
-def normalized_paths():
-    """Return {setting: path} with ~ expanded and without a slash at the end; hub names as is."""
-    paths = {}
+def normalize_paths():
+    """Expand ~ in the settings that are paths and take a slash at the end away."""
     for name in PATH_SETTINGS:
-        value = globals()[name]
-        if isinstance(value, str):
-            paths[name] = normalize_path(value)
-    return paths
+        if isinstance(globals()[name], str):
+            globals()[name] = normalize_path(globals()[name])
 
 
 def normalize_path(path):
-    path = os.path.expanduser(path)
-    while len(path) > 1 and path.endswith((os.sep, os.sep + ".")):
-        path = path[:-1]
-    if not os.path.exists(path):
-        for form in "NFC", "NFD":  # a Mac may have written the name in the other one
-            if os.path.exists(unicodedata.normalize(form, path)):
-                return unicodedata.normalize(form, path)
-    return path
+    path = re.sub(r"(?<=.)(/\.?)+$", "", os.path.expanduser(path))
+    # a Mac may have written the name with the same letters in another form
+    forms = path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)
+    return next(filter(os.path.exists, forms), path)
 
 
-def check_settings():
-    """Raise one Problem for all faults of the settings and of the folders to write to."""
-    faults = []
-    for name, (test, words) in ACCEPTED.items():
-        if not test(globals()[name]):
-            faults.append(f"{name} = {globals()[name]!r}: must be {words}")
-    if not faults:  # each is valid; do they go together?
-        faults = [*folder_faults(written_folders()), *column_faults(), *option_faults()]
-    refuse_faults(faults)
-    make_cache()
+def check_settings(locks):
+    """Raise one Problem for all faults of the settings and of the folders to write to.
+
+    locks: an ExitStack, see `folder_faults`.
+    """
+    faults = [
+        f"{name} = {globals()[name]!r}: must be {words}"
+        for name, words in ACCEPTED.items()
+        if not is_accepted(globals()[name], words)
+    ]
+    # if each is valid: do they go together?
+    refuse_faults(faults or [*folder_faults(folders_to_write(), locks), *option_faults()])
 
 
 def refuse_faults(faults):
@@ -6214,243 +5087,168 @@ def refuse_faults(faults):
 
 def check_same_settings():
     """Raise Problem if the processes have different settings. Their folders may lie elsewhere."""
-    own = {name: globals()[name] for name in ACCEPTED}
-    own |= {name: own[name] is None for name in PATH_SETTINGS}
-    # not only a path, but also a word that decides what the processes do together
-    own["STUDENT_INIT"] = STUDENT_INIT if STUDENT_INIT in ("teacher", "random") else "a model"
-    settings = gather_from_all(own)
-    different = [name for name in own if any(other[name] != own[name] for other in settings)]
-    if different:
-        raise Problem(
-            f"the processes have different settings: {', '.join(different)}. Give all the same; "
-            "only folders and files may lie elsewhere."
-        )
-
-
-def column_faults():
-    """Return the faults of the column names, a list."""
-    faults = []
-    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
-    if len(set(map(canonical_name, columns))) < len(columns):
-        faults.append(
-            f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN "
-            f"= {LABEL_COLUMN!r}, SOFT_LABELS_COLUMN = {SOFT_LABELS_COLUMN!r}: must be different "
-            "columns"
-        )
-    if "labels" in text_columns():
-        faults.append(
-            "TEXT_COLUMN, TEXT_PAIR_COLUMN: must not be 'labels', which the script itself uses; "
-            "rename this column"
-        )
-    return faults
+    settings = {}
+    for name in ACCEPTED:
+        value = globals()[name]
+        if name in PATH_SETTINGS and value not in ("teacher", "random"):
+            value = value is None
+        settings[name] = value
+    check_same_in_all_processes(settings)
 
 
 def option_faults():
-    """Return the faults of options that do not go together, a list."""
-    faults = []
+    """Yield the faults of settings that do not go together."""
+    columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
+    if len({*map(canonical_name, columns)}) < len(columns) or "labels" in text_columns():
+        yield (
+            f"TEXT_COLUMN = {TEXT_COLUMN!r}, TEXT_PAIR_COLUMN = {TEXT_PAIR_COLUMN!r}, LABEL_COLUMN "
+            f"= {LABEL_COLUMN!r}, SOFT_LABELS_COLUMN = {SOFT_LABELS_COLUMN!r}: must be different "
+            "columns, and texts not in 'labels', which the script itself uses"
+        )
     if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
-        faults.append(
-            f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"'
+        yield f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"'
+    packages = ("onnx", "onnxscript", "onnxruntime") if "onnx" in str(EXPORT) else ()
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
+    if missing:
+        yield f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}"
+    if GENERATOR and not AUGMENT and "KL′" not in METHODS[METHOD].terms:
+        yield (
+            f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "
+            '"mate" or "cilda"'
         )
-    if EXPORT in ("onnx", "onnx-int8"):
-        packages = "onnx", "onnxscript", "onnxruntime"
-        missing = [name for name in packages if not importlib.util.find_spec(name)]
-        if missing:
-            faults.append(
-                f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}"
-            )
-    if GENERATOR and not AUGMENT and "KL′" not in METHOD_TERMS.get(METHOD, ()):
-        faults.append(
-            f'GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "mate" or '
-            '"cilda"'
-        )
-    if METHOD in METHOD_TERMS and STUDENT != "bert":
-        faults.append(f'METHOD = {METHOD!r}: needs STUDENT = "bert"')
-    if METHOD in METHOD_TERMS and world_size() > 1:
-        faults.append(
-            f'METHOD = {METHOD!r}: runs in one process; several accept "none", "kd" and "mse"'
-        )
-    if BASELINE and METHOD == "none":
-        faults.append(
-            f"BASELINE = {BASELINE!r}: METHOD = 'none' is the baseline itself; choose one of the "
-            "two"
-        )
+    if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
+        yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
+    if METHOD == "none" and BASELINE:
+        yield "BASELINE = True: METHOD = 'none' is the baseline itself; choose one of the two"
+    if METHOD == "none" and (UNLABELED or AUGMENT):
+        yield "METHOD = 'none': does without the teacher, who alone can label UNLABELED and AUGMENT"
     if SOFT_LABELS_COLUMN and METHOD not in ("kd", "none"):
-        faults.append(
+        yield (
             f"METHOD = {METHOD!r}: needs more of the teacher than the probabilities in "
             'SOFT_LABELS_COLUMN; accepted are "kd" and "none"'
         )
     if SOFT_LABELS_COLUMN and (AUGMENT or TEACHER_BASE):
-        faults.append(
+        yield (
             "AUGMENT, TEACHER_BASE: with SOFT_LABELS_COLUMN no teacher is run, who would label "
             "the copies, or made"
         )
-    if METHOD == "none" and (UNLABELED or AUGMENT):
-        faults.append(
-            f"METHOD = {METHOD!r}: does without the teacher, who alone can label UNLABELED and "
-            "AUGMENT"
-        )
-    return faults
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Problem(Exception):
-    """An error that the user can correct. It says what is wrong, what is accepted, what to do."""
+    """An error that the user can correct. It says what was found, what is accepted, what to do."""
 
 
 @contextlib.contextmanager
 def as_problem(what, advice):
-    """Raise a library's error in this block as a Problem: what failed, why, and what to do.
-
-    advice: a text, or a function from the reason, as the library gives it, to a text.
-    """
+    """Raise a library's error in this block as a Problem: what failed, the reason, what to do."""
     try:
         yield
     except (Problem, BrokenPipeError):
         raise
     except Exception as error:
-        problem = full_disk_problem(error)
-        if problem is None:
-            reason = str(error.__cause__ or error).strip() or type(error).__name__
-            reason = re.sub(r"\x1b\[[\d;]*m", "", reason)  # colours
-            if is_no_connection(error):
-                reason = "it is not on this machine, and there is no connection to the hub"
-            first_line = reason.splitlines()[0].rstrip(".:")
-            if len(first_line) > 300:
-                first_line = f"{first_line[:300]}…"
-            told = advice if isinstance(advice, str) else advice(reason)
-            problem = Problem(f"{what}: {first_line}. {told}.")
-        raise problem from error
+        raise Problem(f"{what}: {reason(error)}. {advice}.") from error
 
 
-def is_no_connection(error):
-    """Whether a library could not, or must not (HF_HUB_OFFLINE), ask the hub for what it lacks."""
-    kinds = (
-        ConnectionError,  # by datasets
-        huggingface_hub.errors.LocalEntryNotFoundError,
-        huggingface_hub.errors.OfflineModeIsEnabled,
-    )
-    while error is not None:
-        if type(error) in kinds:
-            return True
-        error = error.__cause__
-    return False
-
-
-def causes(error):
-    """Yield an error, the one that led to it, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def full_disk_problem(error):
-    """Return a Problem if an error, or one that led to it, is a full disk or quota; else None."""
-    codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-    for cause in causes(error):
-        code = getattr(cause, "errno", None)
-        # safetensors and pyarrow give the number in their message only
-        told = re.search(r"\b(?:os error|errno) (\d+)\b", str(cause), re.IGNORECASE)
-        if code not in codes and told:
-            code = int(told[1])
-        if code in codes:
-            return Problem(
-                f"{os.strerror(code)}. What was saved before is still there. Make room, or name "
-                "another CACHE and OUTPUT; the same command goes on from here."
-            )
-    return None
+def reason(error):
+    """Return a library's message in one line, at most 400 characters of it."""
+    error = error.__cause__ or error
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # colours
+    text = " ".join(text.split()).rstrip(".:") or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 # ── Files and locks ───────────────────────────────────────────────────────────────────────────────
 
-# what versions before report.json named its files can have written
-OUTPUT_FILES = re.compile(
-    r"model.*\.safetensors|model\.safetensors\.index\.json|student.*\.(pt2|onnx)|"
-    r".*(token|vocab).*\.(json|txt|model)|(config|report)\.json|merges\.txt|.*\.model|README\.md|"
-    r"history\.csv|loss\.png"
-)
 CACHE_MARK = """Signature: 8a477f597d28d172789f06886806bc55
 # made by distill.py; can be deleted at any time
 """
 
 
-def written_folders():
-    """Return {setting: folder to write to}; for OUTPUT and a TEACHER to be made, the parent."""
-    written = {"CACHE": Path(CACHE)}
-    if rank() == 0:  # no other process writes OUTPUT
-        written["OUTPUT"] = Path(os.path.realpath(OUTPUT)).parent
-    if TEACHER_BASE is not None and not os.path.exists(TEACHER):
-        written["TEACHER"] = Path(os.path.realpath(TEACHER)).parent
-    return written
+def folders_to_write():
+    """Return the settings whose folders are written: CACHE, OUTPUT and a TEACHER to be made."""
+    is_made = TEACHER_BASE is not None and not os.path.exists(TEACHER)
+    return ["CACHE", "OUTPUT", *(["TEACHER"] if is_made else [])]
 
 
-def folder_faults(written):
-    """Return what is wrong with the folders to write to, a list; written: see `written_folders`."""
+def folder_faults(names, locks):
+    """Return what is wrong with the folders to write to, a list. They, or their parents, are made.
+
+    names: settings, as `folders_to_write` returns them. locks: an ExitStack; until it ends, no
+    other run can use these folders. The locks of a process that dies are released.
+    """
     faults = []
-    for name, folder in written.items():
+    for name in names:
         value = globals()[name]
+        folder = os.path.realpath(value)
+        lock = Path(folder, "lock") if name == "CACHE" else Path(f"{folder}.distill_lock")
         try:
             if value.startswith("~"):
                 raise OSError(errno.ENOENT, "no user of this name")
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            is_own = name != "CACHE" or is_own_cache(folder)
+            fault = make_cache() if name == "CACHE" else replacement_fault(name)
+            if not fault:
+                locks.enter_context(filelock.FileLock(lock, blocking=False))
+                locks.callback(lock.unlink, missing_ok=True)
+        except filelock.Timeout:
+            fault = "another run is using it (wait for its end)"
         except OSError as error:
-            faults.append(f"{name} = {value!r}: cannot be written ({error.strerror}); name another")
-            continue
-        if not is_own:
-            faults.append(
-                f"CACHE = {CACHE!r}: holds files that are not distill.py's, which it might "
-                "overwrite; name another"
-            )
-    if "OUTPUT" in written:  # the loop has made CACHE, and `is_inside` compares folders that exist
-        faults += output_faults()
+            fault = f"cannot be written ({error.strerror})"
+        if fault:
+            faults.append(f"{name} = {value!r}: {fault}; name another")
     return faults
 
 
-def is_own_cache(folder):
-    """Whether a folder is empty, or has the mark that distill.py gives to its CACHE."""
-    names = [name for name in os.listdir(folder) if not name.endswith(".distill_new")]
+def make_cache():
+    """Make the folder CACHE, with a mark that backups heed (bford.info/cachedir).
+
+    Return why a folder that is there already cannot be CACHE; None if it can.
+    """
+    folder = Path(CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     mark = folder / "CACHEDIR.TAG"
-    return not names or (mark.is_file() and "distill.py" in mark.read_text("utf-8", "replace"))
+    saved_mark = mark.read_text("utf-8", "replace") if mark.is_file() else ""
+    if "distill.py" in saved_mark:
+        return None
+    # a run that was killed here may have left an empty mark
+    foreign = foreign_files(folder, own_names=() if saved_mark else (mark.name,))
+    if not foreign:
+        mark.write_text(CACHE_MARK, "utf-8")
+    return foreign
 
 
-def output_faults():
-    """Return why OUTPUT, which is replaced as a whole, must not be replaced: a list."""
-    output = os.path.realpath(OUTPUT)
-    needed = {
-        **{name: globals()[name] for name in PATH_SETTINGS},
-        "OUTPUT": None,
-        "STUDENT_INIT": None if STUDENT_INIT in ("teacher", "random") else STUDENT_INIT,
-        "the working folder": os.getcwd(),
-        "distill.py": __file__,
-    }
-    inside = []
-    for name, path in needed.items():
-        if path and is_inside(path, output):
-            inside.append(name)
+def replacement_fault(name):
+    """Return why the folder of a setting must not be replaced as a whole, or None."""
+    folder = Path(os.path.realpath(globals()[name]))
+    needed = {other: globals()[other] for other in PATH_SETTINGS if other != name}
+    needed["the working folder"] = os.getcwd()
+    if STUDENT_INIT in ("teacher", "random"):
+        del needed["STUDENT_INIT"]
+    inside = [other for other, path in needed.items() if path and is_inside(path, folder)]
     if inside:
-        return [
-            f"OUTPUT = {OUTPUT!r}: would replace {', '.join(inside)}; it must not be or contain "
-            "them. Name another"
-        ]
-    if not os.path.exists(output):  # output.exists() would raise PermissionError
-        return []
-    try:
-        foreign = foreign_files(Path(output))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
-        return [
-            f"OUTPUT = {OUTPUT!r}: was not written by distill.py and is not overwritten; name "
-            "another"
-        ]
-    if foreign:
-        return [
-            f"OUTPUT = {OUTPUT!r}: holds {short_list(foreign)}, not written by distill.py, and is "
-            "replaced as a whole; move this first, or name another"
-        ]
-    return []
+        return f"is or contains {', '.join(inside)}"
+    # the new folder is made beside it and then renamed
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder.parent).close()
+    if not os.path.exists(folder):  # Path.exists would raise PermissionError
+        return None
+    tempfile.TemporaryFile(dir=folder).close()
+    if os.path.ismount(folder):
+        return "is a mount point; a folder in it could be replaced"
+    return foreign_files(folder, own_names=saved_report(folder).get("files", ()))
+
+
+def foreign_files(folder, own_names):
+    """Return what is wrong if files of others lie in a folder of distill.py; else None.
+
+    Files that a Mac, a notebook or a killed run leaves everywhere do not count.
+    """
+    ignored = re.compile(r"\._.*|\.DS_Store|\.ipynb_checkpoints|.*\.distill_new")
+    names = {name for name in os.listdir(folder) if not ignored.fullmatch(name)}
+    foreign = sorted(names - {*own_names})
+    return f"holds {short_list(foreign)}, not written by distill.py" if foreign else None
 
 
 def is_inside(path, folder):
@@ -6460,143 +5258,77 @@ def is_inside(path, folder):
     in one character and in two.
     """
     path, folder = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    if path.is_relative_to(folder):
-        return True
+    parents = [path, *path.parents]
     if not os.path.exists(folder):
-        return False
-    existing = filter(os.path.exists, [path, *path.parents])
-    return any(os.path.samefile(parent, folder) for parent in existing)
+        return folder in parents
+    return any(os.path.samefile(parent, folder) for parent in filter(os.path.exists, parents))
 
 
-def foreign_files(output):
-    """Return the names of files in a folder of distill.py that it did not write.
-
-    Raises one of several errors if the folder has no report of distill.py.
-    """
-    names = set()
-    for path in output.iterdir():
-        if path.name != ".DS_Store" and not path.name.startswith("._"):  # a Mac's
-            names.add(path.name)
-    if not names:
-        return []
-    report = json.loads((output / "report.json").read_text("utf-8"))
-    if "student" not in report:
-        raise LookupError
-    written = set(report.get("files", filter(OUTPUT_FILES.fullmatch, names)))
-    return sorted(name for name in names - written if not name.endswith(".distill_new"))
-
-
-def make_cache():
-    """Make the folder CACHE, with a mark that backups heed (bford.info/cachedir)."""
-    Path(CACHE).mkdir(parents=True, exist_ok=True)
-    mark = Path(CACHE, "CACHEDIR.TAG")
-    if not mark.exists():
-        new = Path(f"{mark}.{os.getpid()}.distill_new")
-        new.write_text(CACHE_MARK, "utf-8")
-        os.replace(new, mark)
+def saved_report(folder):
+    """Return the report.json of a student, a dict; {} if there is none of distill.py."""
+    with contextlib.suppress(OSError, ValueError):
+        report = json.loads(Path(folder, "report.json").read_text("utf-8"))
+        if isinstance(report, dict) and {"student", "settings"} <= report.keys():
+            return report
+    return {}
 
 
 def scratch_folder():
-    """Return the folder for what only this process of this run needs."""
-    folder = Path(CACHE, "distill_tmp", str(rank()))
+    """Return the folder in CACHE for what only this process of this run needs."""
+    folder = Path(CACHE, f"{rank()}-{os.getpid()}.distill_new")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def remove_scratch_folder():
-    folder = scratch_folder()
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # those of other processes are in it
-        folder.parent.rmdir()
-
-
-def prepare_folders():
-    """Clear up after a run that was killed; refuse an OUTPUT that cannot be replaced."""
-    if is_first_in(CACHE):
-        clear_cache()
-    wait_for_all()
-    on_main_process(clear_output)
-    on_main_process(check_output_replaceable)
-
-
-def clear_cache():
-    """Remove what a killed run left half-written in CACHE."""
-    shutil.rmtree(Path(CACHE, "distill_tmp"), ignore_errors=True)
+def clear_folders():
+    """Remove what a killed run left half-written."""
     for path in Path(CACHE).glob("*.distill_new"):
-        if path.is_file():
-            path.unlink()
-
-
-def clear_output():
-    """Remove what a killed run left half-written elsewhere."""
-    recover_folder(OUTPUT)
+        recover(path.with_suffix(""))
+    recover(OUTPUT)
     if os.path.exists(TEACHER):  # it is made, and needs no lock any more
         Path(f"{os.path.realpath(TEACHER)}.distill_lock").unlink(missing_ok=True)
 
 
-def check_output_replaceable():
-    """Raise Problem if OUTPUT, which is replaced as a whole, cannot be."""
-    output = os.path.realpath(OUTPUT)
-    for path in f"{output}.distill_old", f"{output}.distill_new":
-        if os.path.exists(path):
-            raise Problem(
-                f"OUTPUT = {OUTPUT!r}: {path}, left by an earlier run, cannot be deleted. Delete "
-                "it, or name another."
-            )
-    if not os.path.exists(output):
-        return
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise Problem(
-            f"OUTPUT = {OUTPUT!r}: is write-protected and cannot be replaced. Make it writable, or "
-            "name another."
-        )
-    if os.path.ismount(output):
-        raise Problem(
-            f"OUTPUT = {OUTPUT!r}: is a mount point and cannot be replaced as a whole. Name a new "
-            f"folder inside it, such as {os.path.join(OUTPUT, 'student')!r}, or another one."
-        )
-
-
 @contextlib.contextmanager
-def run_lock(names):
-    """In this block no other run can use the folders of these settings; CACHE is one of them.
+def replaced(path):
+    """Yield the path of a new file or folder, which then takes the place of `path`.
 
-    The locks of a process that dies are released. Only the first process makes OUTPUT and TEACHER.
+    A kill leaves the whole old one or the whole new one.
     """
-    locks = {}
-    for name in names:
-        folder = globals()[name]
-        locks[name] = Path(f"{os.path.realpath(folder)}.distill_lock")
-    locks["CACHE"] = Path(CACHE, "lock")
-    with contextlib.ExitStack() as stack:
-        for name, path in locks.items():
-            try:
-                stack.enter_context(filelock.FileLock(path, blocking=False))
-            except filelock.Timeout:
-                raise Problem(
-                    f"{name} = {globals()[name]!r}: another run is using it. Wait for its end, or "
-                    "name another CACHE and another OUTPUT."
-                ) from None
-        for name, path in locks.items():
-            if name != "CACHE":
-                stack.callback(path.unlink, missing_ok=True)
-        yield
+    recover(path)
+    path = os.path.realpath(path)  # a link stays; what it points to is replaced
+    new = Path(f"{path}.distill_new")
+    try:
+        yield new
+        for written in filter(Path.is_file, [new, *new.rglob("*")]):
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+        if os.path.isdir(path):
+            os.rename(path, f"{path}.distill_old")
+        os.replace(new, path)
+    finally:
+        recover(path)
+
+
+def recover(path):
+    """Restore what a kill or a full disk inside `replaced` has left."""
+    path = os.path.realpath(path)
+    new, old = Path(f"{path}.distill_new"), Path(f"{path}.distill_old")
+    if old.exists() and not os.path.exists(path):
+        old.rename(path)
+    for left in new, old:
+        if left.is_dir():
+            shutil.rmtree(left)
+        left.unlink(missing_ok=True)
 
 
 def save_with_checksum(path, content):
     """Write tensors and plain values with a checksum; a kill leaves the old file or the new one."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    new = Path(f"{path}.distill_new")
-    try:
-        with open(new, "wb") as file:
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)  # on a full disk, half a file would be in the way
+    with replaced(path) as new, open(new, "wb") as file:
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        file.write(buffer.getbuffer())
 
 
 def load_with_checksum(path):
@@ -6633,104 +5365,25 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_names(folder):
-    """Return the names of the files in a folder and in those within it, relative to it."""
-    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return sorted(str(path.relative_to(folder)) for path in paths)
-
-
-def save_folder(folder, model, tokenizer, write_more=None):
-    """Write a model and its tokenizer, as `replaced_folder` does.
-
-    write_more: a function of the new folder, a Path, that adds files to it.
-    """
-    with (
-        as_problem(
-            f"{folder} cannot be written",
-            "What was saved before is still there; the same command goes on from here",
-        ),
-        replaced_folder(folder) as new,
-    ):
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        rename_extra_tokens(new)
-        if write_more:
-            write_more(new)
-
-
-def rename_extra_tokens(folder):
-    """Rename the list of additional special tokens to the key that transformers 4 and 5 both read.
-
-    Version 5 writes extra_special_tokens, which version 4 expects to be a dict, and fails.
-    """
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text("utf-8"))
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        path.write_text(f"{text}\n", "utf-8")
-
-
-@contextlib.contextmanager
-def replaced_folder(folder):
-    """Yield a new folder, a Path, that then takes the place of `folder`.
-
-    A kill leaves the whole old folder or the whole new one.
-    """
-    real_folder = os.path.realpath(folder)  # a link stays; what it points to is replaced
-    new, old = Path(f"{real_folder}.distill_new"), Path(f"{real_folder}.distill_old")
-    recover_folder(folder)
-    try:
-        new.mkdir()
-        yield new
-        for file_name in file_names(new):
-            with open(new / file_name, "rb") as file:
-                os.fsync(file.fileno())
-        if os.path.exists(real_folder):
-            os.rename(real_folder, old)
-        os.rename(new, real_folder)
-    finally:
-        recover_folder(folder)
-
-
-def recover_folder(folder):
-    """Restore what a kill or a full disk inside `save_folder` has left."""
-    folder = os.path.realpath(folder)
-    if os.path.exists(f"{folder}.distill_old") and not os.path.exists(folder):
-        os.rename(f"{folder}.distill_old", folder)
-    for suffix in ".distill_new", ".distill_old":
-        shutil.rmtree(folder + suffix, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def new_folder():
-    """Yield a new folder next to OUTPUT, on its disk, for files that will be moved into OUTPUT."""
-    folder = f"{os.path.realpath(OUTPUT)}.distill_new"
-    os.mkdir(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-def iter_strings(value):
-    """Yield all strings among the values of nested dicts and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for member in value.values():
-            yield from iter_strings(member)
-    elif isinstance(value, list):
-        for member in value:
-            yield from iter_strings(member)
+def save_model(model, tokenizer, folder):
+    """Write a model and its tokenizer into a new folder, a Path."""
+    advice = "What was saved before is still there; the same command goes on from here"
+    with as_problem(f"{folder} cannot be written", advice):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # transformers 4 takes a list of tokens by this name only, version 5 by both
+        config = folder / "tokenizer_config.json"
+        text = config.read_text("utf-8")
+        old_name = '"additional_special_tokens": ['
+        config.write_text(text.replace('"extra_special_tokens": [', old_name), "utf-8")
 
 
 def forbid_outside_paths(folder):
     """Raise Problem if an index in `folder`, perhaps a stranger's, names files outside it."""
     for pattern in "*.index.json", "dataset_dict.json", "**/state.json":
         for index in Path(folder).glob(pattern):
-            for name in iter_strings(json.loads(index.read_text("utf-8"))):
-                if {"..", "/"} & {*Path(name).parts}:
+            for name in tree_leaves(json.loads(index.read_text("utf-8"))):
+                if {"..", "/"} & {*Path(str(name)).parts}:
                     raise Problem(
                         f"{index} names {name!r}, which is not in its folder and is not opened. "
                         "Correct or delete it."
@@ -6749,37 +5402,29 @@ def digest(*parts):
             if isinstance(content, torch.nn.Module):
                 for tensor in content.state_dict().values():
                     state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-                config = {}
-                if isinstance(content, transformers.PreTrainedModel):
-                    config = content.config.to_dict()
-                    for name in "transformers_version", "_name_or_path":  # who saved it, and where
-                        config.pop(name, None)
-                content = config
+                is_pretrained = isinstance(content, transformers.PreTrainedModel)
+                content = content.config.to_dict() if is_pretrained else {}
+                for name in "transformers_version", "_name_or_path":  # who saved it, and where
+                    content.pop(name, None)
             state.update(repr(content).encode("utf-8", "surrogatepass"))
     return state.hexdigest()[:24]
 
 
 # ── Processes: one, or several that share the work (torchrun, or accelerate with MPI) ─────────────
 
-BYTES_PER_PART = 2**24  # of a file that is sent to other machines
-
 
 def join_processes():
     """Join the other processes, if torchrun or accelerate has started any."""
-    try:
-        with as_problem(
-            "this process cannot reach the others",
-            "If GLOO_SOCKET_IFNAME is set, it must be a network card of this machine (`ip addr` "
-            "or, on a Mac, `ifconfig` lists them); --master_addr must be the address of the first "
-            "machine",
-        ):
-            PartialState(cpu=True, timeout=timedelta(days=30))
-    except Problem as problem:  # `main` would ask for the rank, which fails in the same way
-        sys.exit(f"distill.py: {problem}")
+    with as_problem(
+        "this process cannot reach the others",
+        "If GLOO_SOCKET_IFNAME is set, it must be a network card of this machine (`ip addr` or, "
+        "on a Mac, `ifconfig` lists them); --master_addr must be the address of the first machine",
+    ):
+        PartialState(cpu=True, timeout=timedelta(days=30))
 
 
 def rank():
-    """Return the number of this process. 0 reads the caches, writes and prints."""
+    """Return the number of this process. 0 alone reads and writes the caches, and prints."""
     return PartialState(cpu=True).process_index
 
 
@@ -6804,46 +5449,35 @@ def gather_from_all(value):
     return gather_object([value])
 
 
-def wait_for_all():
-    """Return once every process has come here."""
-    PartialState(cpu=True).wait_for_everyone()
+def sum_over_processes(*values):
+    """Return, in every process, a list: the sum of each value over all processes."""
+    return [sum(column) for column in zip(*gather_from_all(values), strict=True)]
 
 
-def check_same(what, *parts):
-    """Raise Problem if `digest(*parts)` is not the same in all processes. what: what that means."""
-    if world_size() > 1 and len(set(gather_from_all(digest(*parts)))) > 1:
-        raise Problem(f"the processes differ in their {what}. Make them the same on all machines.")
+def shares_of_steps(n_texts, batch_size):
+    """Yield, for each step of an epoch, (this process's number of texts, the weight of its loss).
 
-
-def read_on_main_process(path):
-    """Yield, in every process, what the file has in process 0, part by part."""
-    with open(path, "rb") if rank() == 0 else contextlib.nullcontext() as file:
-        while part := on_main_process(lambda: file.read(BYTES_PER_PART)):
-            yield part
-
-
-def is_first_in(folder, is_candidate=True):
-    """Return whether this is the first of the processes that have the same folder on the same disk.
-
-    These may be all processes, or only those of a machine. All must call this at the same time.
-    is_candidate: whether this process may be the one.
+    Gradients are averaged over the processes. Weighting each process's loss by its share of the
+    step's texts makes every text count equally.
     """
+    for start in range(0, n_texts, batch_size):
+        n_in_step = min(batch_size, n_texts - start)
+        n_own = len(shard(range(n_in_step)))
+        yield n_own, n_own * world_size() / n_in_step
+
+
+def check_same_in_all_processes(contents):
+    """Raise Problem if a value of the dict `contents` differs between processes, by `digest`."""
     if world_size() == 1:
-        return is_candidate
-    # A process sees the marks of those that write to the same disk. One name after the other is
-    # looked up, as lists of files on a shared disk may be out of date.
-    token = on_main_process(lambda: os.urandom(8).hex())
-    marks = [Path(folder, f"{token}-{number}.distill_new") for number in range(world_size())]
-    if is_candidate:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        marks[rank()].touch()
-    wait_for_all()
-    is_first = is_candidate and not any(mark.exists() for mark in marks[: rank()])
-    wait_for_all()
-    if is_candidate:
-        marks[rank()].unlink(missing_ok=True)
-    wait_for_all()
-    return is_first
+        return
+    digests = gather_from_all([*map(digest, contents.values())])
+    columns = zip(contents, *digests, strict=True)
+    different = [what for what, *of_processes in columns if len({*of_processes}) > 1]
+    if different:
+        raise Problem(
+            f"the processes differ in their {', '.join(different)}. Make them the same on all "
+            "machines."
+        )
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
@@ -6856,29 +5490,34 @@ def main(argv=None):
     """
     quiet_for_users()
     settings = {name: globals()[name] for name in ACCEPTED}
+    program = "distill.py"
     try:
         changes, texts = read_command_line(argv)
         COMMAND_LINE_SETTINGS.update(changes)
         apply_settings(changes)
-        apply_settings(normalized_paths())
+        normalize_paths()
         if texts is not None:
             show_predictions(texts)
             return
         join_processes()
-        on_main_process(check_settings)
-        check_same_settings()
-        run_locked()
+        with contextlib.ExitStack() as stack:
+            if rank() > 0:  # only the first process prints
+                program = f"distill.py, process {rank()}"
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            on_main_process(functools.partial(check_settings, stack))
+            check_same_settings()
+            run()
+            shutil.rmtree(scratch_folder())
     except Problem as problem:
-        where = "" if rank() == 0 else f", process {rank()}"
-        sys.exit(f"distill.py{where}: {problem}")
+        sys.exit(f"{program}: {problem}")
     except KeyboardInterrupt:
         sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
     except RuntimeError as error:
         if world_size() == 1 or "onnection" not in str(error):
             raise
         sys.exit(
-            f"distill.py, process {rank()}: lost its connection to another process. That process "
-            "says why; if no process does, check the network and GLOO_SOCKET_IFNAME"
+            f"{program}: lost its connection to another process. That process says why; if no "
+            "process does, check the network and GLOO_SOCKET_IFNAME"
         )
     except BrokenPipeError:
         # else Python would fail once more when it flushes standard output at its end
@@ -6888,12 +5527,10 @@ def main(argv=None):
             "same command goes on from here"
         )
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        message = full_disk_problem(error) or (
-            f"{where}{error.strerror or error}. What was saved before is still there; once this is "
-            "put right, the same command goes on from here."
+        sys.exit(
+            f"{program}: {reason(error)}. What was saved before is still there; once this is put "
+            "right, the same command goes on from here."
         )
-        sys.exit(f"distill.py: {message}")
     finally:
         apply_settings(settings)
         COMMAND_LINE_SETTINGS.clear()
@@ -6909,25 +5546,6 @@ def quiet_for_users():
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for a terminal without Japanese
-
-
-def run_locked():
-    """`run`, with the locks in the first process of each disk; only the first of all prints."""
-    is_first = is_first_in(CACHE)
-    if is_first and rank() != 0:  # `check_settings` has seen the disk of the first process only
-        refuse_faults(folder_faults(written_folders()))
-        make_cache()
-    with contextlib.ExitStack() as stack:
-        if is_first:
-            written = written_folders()
-            if rank() != 0:
-                written.pop("TEACHER", None)
-            stack.enter_context(run_lock(written))
-        if rank() != 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        run()
-        remove_scratch_folder()
 
 
 # the last statement, when everything is defined and no script has changed anything yet

@@ -226,6 +226,22 @@ def script(*more):
     return [sys.executable, str(ROOT / "distill.py"), *TINY, *more]
 
 
+def in_child(function):
+    """Call a function in a copy of this process; returns its exit status (-9: killed).
+
+    A process of its own would first import for some ten seconds.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def stand_in(monkeypatch, name, function):
     """Replace a function of distill as if the file had defined it: run ids stay the same."""
     monkeypatch.setattr(distill, name, function)

@@ -1,7 +1,8 @@
 """Option: other methods and families: losses by hand, schedule, masks, resume, whole runs."""
 
-import functools
 import math
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def methods_of(family):
 FAMILIES = {family: methods_of(family) for family in distill.FAMILIES if family != "bert"}
 
 
-METHODS = list(distill.METHOD_TERMS)
+METHODS = [name for name, trainer in distill.METHODS.items() if trainer.terms]
 
 
 def family_model(family, seed=0, **changes):
@@ -148,7 +149,7 @@ def make(settings, tmp_path):
             1e-3,
             9,
         )
-        if method in distill.METHOD_TERMS:
+        if method in METHODS:
             trainer.set_up_method(teacher, tokenizer)
         trainer.state.epoch = 1
         trainer.create_optimizer_and_scheduler(100)
@@ -197,14 +198,14 @@ def test_rail_loss_by_hand():
         torch.tensor([[3.0, 4.0], [0.0, 2.0]]),
         torch.tensor([[6.0, 8.0], [5.0, 0.0]]),
     )
-    assert distill.rail_loss(teacher, student).item() == pytest.approx(
-        (0 + math.sqrt(2)) / 2, abs=1e-6
-    )
+    loss = distill.RailTrainer.layer_loss(None, teacher, student)
+    assert loss.item() == pytest.approx((0 + math.sqrt(2)) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("method, divisor", [("cilda", 1), ("cilda+minild", math.log(2))])
 def test_contrastive_loss_by_hand(settings, method, divisor):
-    loss = functools.partial(distill.METHODS[method].layer_loss, None)
+    trainer_class = distill.METHODS[method]
+    trainer = trainer_class.__new__(trainer_class)
     teacher, student = (
         torch.tensor([[2.0, 0.0], [0.0, 1.0]]),
         torch.tensor([[3.0, 0.0], [1.0, 1.0]]),
@@ -213,8 +214,9 @@ def test_contrastive_loss_by_hand(settings, method, divisor):
         0.5
     )  # cosines: 1 and half for the first teacher's, 0 and half for the second's; each / 2
     expected = (math.log(1 + math.exp((half - 1) / 2)) + math.log(1 + math.exp((0 - half) / 2))) / 2
-    assert loss(teacher, student).item() == pytest.approx(expected / divisor, rel=1e-6)
-    assert loss(teacher[:1], student[:1]).item() == 0  # nothing to tell it from
+    loss = trainer.layer_loss(teacher, student)
+    assert loss.item() == pytest.approx(expected / divisor, rel=1e-6)
+    assert trainer.layer_loss(teacher[:1], student[:1]).item() == 0  # nothing to tell it from
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -282,7 +284,7 @@ def test_method_trainer_loss_by_hand(make, settings, method):
                 trainer.projections[0](mean([h_t[layer] for layer in chosen])),
                 trainer.projections[1](mean(h_s)),
             )
-            losses["RAIL"] = distill.rail_loss(*pair)
+            losses["RAIL"] = trainer.layer_loss(*pair)
         elif method != "mate":
             pair = [
                 project(torch.cat([h[:, 0] for h in layers], -1))
@@ -364,7 +366,9 @@ def test_mate_trainer_generator_raises_what_student_lowers(make, method):
         with torch.no_grad():
             return (
                 sum(
-                    trainer.losses(batch, False, trainer.rewrite(batch))[0]["KL"].item()
+                    trainer.losses(trainer.model, batch, False, trainer.rewrite(batch))[0][
+                        "KL"
+                    ].item()
                     for _ in range(30)
                 )
                 / 30
@@ -428,9 +432,8 @@ def test_method_trainer_ignores_padding(make, method, family):
         losses.append([trainer.compute_loss(trainer.model, one).item()])
         if hasattr(trainer, "generator"):
             torch.manual_seed(4)
-            found, _ = trainer.losses(
-                one, method != "mate", trainer.rewrite(one, differentiable=True)
-            )
+            rewritten = trainer.rewrite(one, differentiable=True)
+            found, _ = trainer.losses(trainer.model, one, method != "mate", rewritten)
             losses[-1] += [loss.item() for loss in found.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -449,11 +452,9 @@ def test_mate_trainer_rewrites_and_pools_only_ordinary_tokens(make):
     assert torch.allclose(flow.sum(-1), torch.ones(len(flow))) and not flow[:, [0, 2, 3, 4]].any()
     rail = make("rail")
     states = torch.randn(*ids.shape, 4)
-    assert torch.allclose(
-        rail.make_pooling(batch)(states)[0], states[0][places[0]].mean(0), atol=1e-6
-    )
+    assert torch.allclose(rail.pool(batch, states)[0], states[0][places[0]].mean(0), atol=1e-6)
     nothing = {"input_ids": torch.tensor([[2, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    assert torch.equal(rail.make_pooling(nothing)(states[:1, :3]), states[:1, 0])
+    assert torch.equal(rail.pool(nothing, states[:1, :3]), states[:1, 0])
 
 
 @pytest.mark.parametrize("flow", [False, True])
@@ -472,7 +473,7 @@ def test_forward_with_layers_equals_stock_on_rewritten_ids(make, family, flow):
         for model in trainer.teacher, trainer.model.eval():
             stock = model(ids, attention_mask=batch["attention_mask"], output_hidden_states=True)
             logits, layers = distill.forward_with_layers(
-                model, batch, (places, words), trainer.make_pooling(batch)
+                model, batch, trainer.pool, (places, words)
             )
             assert torch.allclose(logits, stock.logits, atol=1e-5)
             states = (stock.get("encoder_hidden_states") or stock.hidden_states)[1:]
@@ -527,7 +528,7 @@ def test_rail_trainer_reads_teacher_layers_from_cache(make, settings, capsys):
     stock = trainer.teacher(
         batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
     )
-    expected = torch.stack([trainer.make_pooling(batch)(one) for one in stock.hidden_states[1:]], 1)
+    expected = torch.stack([trainer.pool(batch, one) for one in stock.hidden_states[1:]], 1)
     assert torch.allclose(batch["teacher_layers"], expected, atol=1e-5)
     assert "its layers" in capsys.readouterr().out
     (path,) = Path(distill.CACHE).glob("layers-*.arrow")
@@ -632,6 +633,34 @@ def test_method_run_with_augmented_text_and_pairs(teacher, run, settings):
             "--generator-steps",
             "1",
         )
+
+
+def test_method_of_a_user_needs_a_subclass_and_one_entry(teacher, data, run):
+    """Here one that compares layers of rewritten texts, which "cilda" alone does not."""
+    path = Path(distill.__file__)
+    source = path.read_text("utf-8")
+    subclass = """class OwnTrainer(MethodTrainer):
+    terms = "CE", "KL", "OWN", "KL′", "OWN′"
+    paper_weights = 0.2, 0.2, 0.2, 0.2, 0.2
+    layer_term = "OWN"
+
+    def layer_loss(self, teacher, student):
+        return F.mse_loss(student, teacher)
+
+
+"""
+    changed = source.replace("\n# METHOD → class", f"\n{subclass}# METHOD → class")
+    changed = changed.replace("\nMETHODS = {", '\nMETHODS = {\n    "own": OwnTrainer,')
+    Path("own_method.py").write_text(changed, "utf-8")
+    options = "--data data --max-length 32 --method own --epochs 1 --generator-steps 1"
+    done = subprocess.run(
+        [sys.executable, "own_method.py", *options.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert report()["settings"]["METHOD"] == "own"
 
 
 # ── FAMILIES ──

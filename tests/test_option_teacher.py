@@ -20,10 +20,8 @@ import distill
 
 def test_find_teacher_refuses_missing_folder_with_own_data(data, fails):
     message = fails()
-    assert (
-        "TEACHER = './finetuned_bert_japanese': no such folder" in message
-        and "TEACHER_BASE" in message
-    )
+    assert "TEACHER = './finetuned_bert_japanese'" in message and "no such folder" in message
+    assert "TEACHER_BASE" in message
     assert not Path(".distill_cache/sample_teacher").exists()
 
 
@@ -50,10 +48,7 @@ def test_find_teacher_keeps_teacher_named_in_file(monkeypatch):
 def test_find_teacher_logs_teacher_that_is_there(teacher, data, run):
     save_model("base")
     printed = run("--teacher-base", "base", "--epochs", "1")
-    assert (
-        "./finetuned_bert_japanese is there and is used as it is; "
-        "delete it to have it made anew from base" in printed
-    )
+    assert "./finetuned_bert_japanese is used as it is" in printed and "from base" in printed
 
 
 def test_teacher_source_has_damaged_sample_teacher_made_anew(monkeypatch, run):

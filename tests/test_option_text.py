@@ -81,7 +81,7 @@ def test_read_unlabeled_skips_dot_files_and_ignores_case(teacher, data, run):
     printed = run("--unlabeled", "more", "--epochs", "2")
     assert (
         "train: 48 + 12 unlabeled" in printed
-        and "more: 1 of 13 rows hold no text and are left out" in printed
+        and "more: 1 of 13 rows hold no text: left out" in printed
     )
 
 
@@ -89,7 +89,7 @@ def test_read_unlabeled_skips_dot_files_and_ignores_case(teacher, data, run):
 def test_read_unlabeled_refuses_what_is_no_text(teacher, data, fails, values):
     distill.datasets.Dataset.from_dict({"text": values}).to_parquet("more.parquet")
     message = fails("--unlabeled", "more.parquet")
-    assert "column text of more.parquet holds" in message and "Set TEXT_COLUMN" in message
+    assert "'more.parquet': the set: column text holds" in message and "TEXT_COLUMN" in message
 
 
 def test_read_unlabeled_refuses_file_without_text(teacher, data, fails):

@@ -11,35 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     TINY,
     history,
     outcome,
     report,
     rows,
     save_model,
+    script,
     write_csv,
 )
+from fault_drill import Copy
 from safetensors.torch import load_file
 
 import distill
-
-
-def torchrun(n, *more):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(n),
-            str(ROOT / "distill.py"),
-            *TINY,
-            *more,
-        ],
-        capture_output=True,
-        text=True,
-    )
 
 
 def losses(folder):
@@ -55,74 +39,82 @@ def test_run_in_several_processes_has_loss_curve_of_one(teacher, data, run):
     options = ["--batch-size", "12", "--epochs", "4", "--patience", "1", "--learning-rate", "1e-2"]
     options += ["--dropout", "0.0"]  # each process would draw its own
     run(*options, "--output", "one", "--cache", "cache1")
-    done = torchrun(3, *options, "--output", "three", "--cache", "cache3")
-    assert done.returncode == 0, done.stderr
+    of_three = [*options, "--output", "three", "--cache", "cache3"]
+    ended = in_processes(3, ["."] * 3, [of_three] * 3)
+    assert [status for status, _ in ended] == [0, 0, 0], ended
     assert losses("one") == pytest.approx(losses("three"), rel=1e-4, abs=1e-5)
     assert [line.split(",")[0] for line in history("one")] == [
         line.split(",")[0] for line in history("three")
     ]
-    assert (
-        done.stdout.count("labelled 81 texts") == 1 and done.stdout.count(" best\n") >= 1
-    )  # one process speaks
+    assert "labelled 81 texts" in ended[0][1] and " best\n" in ended[0][1]
+    assert [said for _, said in ended[1:]] == ["", ""]  # one process speaks
     one, three = (load_file(f"{folder}/model.safetensors") for folder in ("one", "three"))
     for name in one:
         assert torch.allclose(one[name], three[name], rtol=1e-3, atol=1e-4), name
     assert report("three")["epochs"] == report("one")["epochs"]
-    again = torchrun(
-        2, *options, "--output", "three", "--cache", "cache3"
-    )  # the same checkpoint, with fewer processes
-    assert "labelled 0 texts" in again.stdout and "goes on after epoch" in again.stdout, (
-        again.stderr
+    # the same checkpoint, with fewer processes
+    (status, said), (other_status, _) = in_processes(2, ["."] * 2, [of_three] * 2)
+    assert (status, other_status) == (0, 0), said
+    assert "labelled 0 texts" in said and "goes on after epoch" in said
+
+
+def test_run_under_torchrun(teacher, data):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, *script("--epochs", "1")[1:]], capture_output=True, text=True, timeout=600
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("labelled 80 texts") == 1 and report()["epochs"] == 1
 
 
 def test_check_settings_in_several_processes_reports_once(teacher, data):
-    done = torchrun(2, "--alpha", "7")
-    assert (
-        done.returncode
-        and done.stderr.count("ALPHA = 7.0: must be") + done.stderr.count("ALPHA = 7: must be") == 1
-    )
+    ended = in_processes(2, [".", "."], [["--alpha", "7"]] * 2)
+    assert "ALPHA = 7: must be" in ended[0][1] and "ALPHA" not in ended[1][1]
+    assert all(status for status, _ in ended)
 
 
 def test_option_faults_refuse_methods_in_several_processes(settings):
     settings.setattr(distill, "world_size", lambda: 2)
     settings.setattr(distill, "METHOD", "rail")
-    assert any("METHOD = 'rail': runs in one process" in one for one in distill.option_faults())
+    assert any("METHOD = 'rail': needs" in fault for fault in distill.option_faults())
     settings.setattr(distill, "METHOD", "mse")
-    assert distill.option_faults() == []
+    assert not [*distill.option_faults()]
 
 
 # ── Machines without a shared disk: here two folders, each with settings of its own ──
 
 
-def two_machines(first, second):
-    """Run the script in the folder first, and in two processes in the folder second.
+def in_processes(n_processes, folders, options):
+    """Run the script in several processes, as torchrun starts them, but without new imports.
 
-    first, second: their options. Returns (exit status, what it said) of each.
+    folders, options: of each process. Returns (exit status, what it said) of each.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    machines = []
-    for number, (folder, options) in enumerate({"first": first, "second": second}.items()):
-        machine = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-                *("--node_rank", str(number), "--nproc_per_node", str(number + 1)),
-                *("--master_addr", "127.0.0.1", "--master_port", str(port)),
-                *(str(ROOT / "distill.py"), *TINY, *options),
-            ],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        machines.append(machine)
-    said = [machine.communicate()[0] for machine in machines]
-    return [(machine.returncode, text) for machine, text in zip(machines, said, strict=True)]
+
+    def run_rank(number):
+        os.environ |= {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(n_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        distill.PartialState._reset_state()
+        os.chdir(folders[number])
+        distill.main([*TINY, *options[number]])
+
+    copies = [Copy(run_rank, number) for number in range(n_processes)]
+    return [copy.end() for copy in copies]
 
 
-def test_share_teacher_brings_made_teacher_to_other_machine(data, run, monkeypatch):
+def two_machines(first, second):
+    """Run the script in the folder first, and in two processes in the folder second."""
+    return in_processes(3, ["first", "second", "second"], [first, second, second])
+
+
+def test_made_teacher_reaches_other_machine(data, run, monkeypatch):
     save_model("base")
     for source, *copies in (
         ("data", "first/data", "second/texts"),
@@ -133,17 +125,19 @@ def test_share_teacher_brings_made_teacher_to_other_machine(data, run, monkeypat
     both = ["--teacher-base", "base", "--teacher-epochs", "1", "--epochs", "1"]
     other_folders = ["--data", "texts", "--teacher-base", "b", "--teacher", "deep/made"]
     ended = two_machines(both, [*both, *other_folders, "--cache", "deep/cache"])
-    assert [status for status, _ in ended] == [0, 0], ended
-    made = Path("first/finetuned_bert_japanese")
-    assert sorted(os.listdir("second/deep/made")) == sorted(os.listdir(made))
-    for path in made.iterdir():
-        assert Path("second/deep/made", path.name).read_bytes() == path.read_bytes()
-    # nothing else is left there, and its CACHE can be used by a run on that machine
-    assert sorted(os.listdir("second")) == ["b", "deep", "texts"]
-    assert sorted(os.listdir("second/deep")) == ["cache", "made"]
-    assert sorted(os.listdir("second/deep/cache")) == ["CACHEDIR.TAG", "lock"]
+    assert [status for status, _ in ended] == [0, 0, 0], ended
+    assert report("first/distilled_model")["epochs"] == 1
+    assert sorted(os.listdir("first")) == [
+        ".distill_cache",
+        "base",
+        "data",
+        "distilled_model",
+        "finetuned_bert_japanese",
+    ]
+    # nothing is left there, and its CACHE can be used by a run on that machine
+    assert not [path for path in Path("second/deep").rglob("*") if path.is_file()]
     monkeypatch.chdir("second")
-    run("--data", "texts", "--teacher", "deep/made", "--cache", "deep/cache", "--epochs", "1")
+    run("--data", "texts", "--teacher-base", "b", "--cache", "deep/cache", "--epochs", "1")
 
 
 def test_check_same_refuses_machine_with_other_texts(teacher, data):
@@ -157,19 +151,25 @@ def test_check_same_refuses_machine_with_other_texts(teacher, data):
             status and "the processes differ in their texts or tokenizers (seen in train)" in said
         )
     assert not [*Path("first/.distill_cache").glob("teacher-*.pt")]
-    weights = Path(teacher, "model.safetensors")  # the second machine has got the teacher
-    assert Path("second", weights).read_bytes() == weights.read_bytes()
 
 
 def test_check_same_settings_refuses_other_settings_but_not_other_folders(settings):
     def check(**of_other):
-        settings.setattr(distill, "gather_from_all", lambda own: [own, own | of_other])
+        """Compare this process's settings with those of another that has `of_other`, too."""
+        gathered = []
+        settings.setattr(distill, "gather_from_all", lambda own: gathered.append(own) or [own])
+        with settings.context() as patch:
+            for name, value in of_other.items():
+                patch.setattr(distill, name, value)
+            assert outcome(distill.check_same_settings) is None
+        settings.setattr(distill, "gather_from_all", lambda own: [*gathered, own])
         return outcome(distill.check_same_settings)
 
-    assert check() is None
-    assert "different settings: ALPHA." in str(check(ALPHA=0.7))
-    assert "different settings: UNLABELED." in str(check(UNLABELED=False))  # is not None there
-    assert "different settings: STUDENT_INIT." in str(check(STUDENT_INIT="random"))
+    settings.setattr(distill, "world_size", lambda: 2)
+    assert check(DATA="elsewhere", CACHE="there", TEACHER="./mine") is None
+    assert "differ in their SEED, ALPHA." in str(check(ALPHA=0.7, SEED=7))
+    assert "differ in their UNLABELED." in str(check(UNLABELED="more.txt"))
+    assert "differ in their STUDENT_INIT." in str(check(STUDENT_INIT="random"))
 
 
 def test_join_processes_says_what_to_check(monkeypatch):
@@ -177,10 +177,5 @@ def test_join_processes_says_what_to_check(monkeypatch):
         raise RuntimeError("Unable to find address for: eth0")
 
     monkeypatch.setattr(distill, "PartialState", refuse)
-    with pytest.raises(SystemExit, match="address for: eth0. If GLOO_SOCKET_IFNAME is set, it"):
-        distill.join_processes()
-
-
-def test_refuse_teacher_elsewhere_names_process(settings):
-    settings.setattr(distill, "gather_from_all", lambda is_there: [is_there, True])
-    assert "process 1 already has one" in str(outcome(distill.refuse_teacher_elsewhere))
+    message = str(outcome(distill.join_processes))
+    assert "address for: eth0" in message and "GLOO_SOCKET_IFNAME" in message

@@ -21,12 +21,12 @@ def test_compute_metrics_by_hand():
     def half(chosen):  # logits of 1/2 for these classes, 1/4 for the two others
         return (torch.full((6, 3), 0.25) + torch.eye(3)[chosen] / 4).log() + 7
 
-    figures = distill.compute_metrics(
-        half([0, 0, 1, 1, 0, 0]),
-        torch.tensor([0, 0, 0, 1, 1, 2]),
-        half([0, 1, 0, 1, 1, 2]),
-        torch.full([6], 1 / 3),
-    )
+    outputs = {
+        "labels": torch.tensor([0, 0, 0, 1, 1, 2]),
+        "logits": {"student": half([0, 0, 1, 1, 0, 0]), "teacher": half([0, 1, 0, 1, 1, 2])},
+        "seconds": {"student": torch.full([6], 1 / 3)},
+    }
+    figures = distill.compute_metrics(outputs, "student")
     # F1: class 0 = 2·2 / (4 + 3); class 1 = 2·1 / (2 + 2);
     # class 2 = 0, for it stands in the labels but is never chosen
     assert figures == {
@@ -61,14 +61,9 @@ def test_evaluate_kl_is_of_plain_distributions(teacher, data, run):
 def test_evaluate_labels_by_hand():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     predicted = torch.tensor([0, 0, 1, 1, 0, 0])
-    found = distill.evaluate_labels(
-        {
-            "labels": labels,
-            "logits": torch.eye(4)[predicted],
-            "teacher_logits": torch.eye(4)[labels],
-        },
-        ["a", "b", "c", "d"],
-    )
+    logits = {"student": torch.eye(4)[predicted], "teacher": torch.eye(4)[labels]}
+    outputs = {"labels": labels, "logits": logits}
+    found = {role: distill.evaluate_labels(outputs, role, [*"abcd"]) for role in logits}
     assert found["student"] == {
         "labels": {
             "a": {"precision": 2 / 4, "recall": 2 / 3, "f1": 4 / 7, "support": 3},

@@ -134,12 +134,13 @@ def test_forbid_outside_paths_refuses_indexes_that_lead_outside(teacher, data, f
     assert "is not in its folder and is not opened" in fails("--data", "ours")
 
 
-def test_forbid_outside_dictionaries_refuses_mecab_option(teacher, data, fails):
-    edit(
-        teacher / "tokenizer_config.json",
-        mecab_kwargs={"mecab_dic": "unidic_lite", "mecab_option": "-r /etc/passwd"},
-    )
-    assert "names files elsewhere, which are not opened (-r /etc/passwd)" in fails()
+def test_load_tokenizer_opens_no_dictionary_that_a_hub_repository_names(teacher, monkeypatch):
+    config = distill.load_config(str(teacher))
+    options = {"mecab_kwargs": {"mecab_option": "-r /etc/passwd"}}
+    monkeypatch.setattr(distill, "get_tokenizer_config", lambda name: options)
+    monkeypatch.setattr(distill.transformers, "AutoTokenizer", None)  # it must not be reached
+    with pytest.raises(distill.Problem, match="names files.*-r /etc/passwd"):
+        distill.load_tokenizer("someone/teacher", config)
 
 
 def test_load_tokenizer_ignores_vocabulary_elsewhere(teacher, data, run):
@@ -169,7 +170,7 @@ def test_check_columns_opens_no_pictures(teacher, data, fails):
             ),
             data / f"{split}.parquet",
         )
-    assert "column label of train holds" in fails()
+    assert "column label holds Image" in fails()
 
 
 # ── Network and privacy ──

@@ -28,8 +28,3 @@ def test_source_has_no_local_named_like_a_function_class_or_module():
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
             assert not local_names(function) & reserved, function.name
-
-
-def test_source_settings_are_constants_with_a_comment():
-    documented = {name for _, name, comment in distill.documented_settings() if comment}
-    assert documented == set(distill.ACCEPTED)

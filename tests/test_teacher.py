@@ -45,15 +45,20 @@ def edit_config(folder, **changes):
 # ── load_config ──
 
 
-def test_refuse_missing_model_for_empty_folder(data, fails):
-    Path("finetuned_bert_japanese").mkdir()
-    assert "holds no model (there is no config.json" in fails()
+@pytest.mark.parametrize("file", ["", "adapter_config.json", "checkpoint-500/config.json"])
+def test_load_config_lists_what_a_folder_without_model_holds(data, fails, file):
+    path = Path("finetuned_bert_japanese", file)
+    path.parent.mkdir(parents=True) if file else path.mkdir()
+    if file:
+        path.write_text("{}")
+    assert f"the folder holds {file.split('/')[0] or 'nothing'}" in fails()
 
 
-def test_refuse_missing_model_for_file_in_place_of_folder(teacher, data, fails):
-    message = fails("--teacher", str(teacher / "config.json"))
-    assert "is a file; accepted is the folder of a model, such as" in message
-    assert "vocab.txt' holds no tokenizer" in fails("--tokenizer", str(teacher / "vocab.txt"))
+def test_load_config_and_tokenizer_refuse_file_in_place_of_folder(teacher, data, fails):
+    for name in "config.json", "vocab.txt":
+        message = fails("--teacher", str(teacher / name))
+        assert str(teacher / name) in message and "Not a directory" in message
+        assert "Not a directory" in fails("--tokenizer", str(teacher / name))
 
 
 def test_load_config_refuses_unreachable_hub_name(data, monkeypatch, fails):
@@ -141,7 +146,8 @@ def test_load_config_and_tokenizer_by_hub_name(data, tmp_path):
 
 def test_check_architecture_refuses_other_head(teacher, data, fails):
     BertForMaskedLM(tiny_model().config).save_pretrained(teacher)
-    assert "is a BertForMaskedLM; accepted is" in fails()
+    message = fails()
+    assert "BertForMaskedLM" in message and "…ForSequenceClassification" in message
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,8 @@ def test_check_architecture_refuses_other_head(teacher, data, fails):
 )
 def test_check_architecture_refuses_other_problem_types(teacher, data, fails, changes):
     edit_config(teacher, **changes)
-    assert "chooses one of two or more labels" in fails()
+    message = fails()
+    assert changes["problem_type"] in message and "one of two or more labels" in message
 
 
 def test_check_architecture_refuses_model_without_classifier(teacher, data, fails):
@@ -157,9 +164,7 @@ def test_check_architecture_refuses_model_without_classifier(teacher, data, fail
     assert "is a BertModel" in fails() and "TEACHER_BASE" in fails()
     edit_config(teacher, architectures=["BertForSequenceClassification"])  # says so, but has none
     message = fails()
-    assert (
-        "not a fine-tuned classifier" in message and "classifier.bias, classifier.weight" in message
-    )
+    assert "TEACHER = " in message and "classifier.bias, classifier.weight" in message
 
 
 # ── Label names ──
@@ -194,9 +199,7 @@ def test_check_architecture_refuses_model_without_classifier(teacher, data, fail
 def test_checked_label_names_from_id2label_or_refused(teacher, id2label, label2id, expected):
     edit_json(teacher / "config.json", id2label=id2label, label2id=label2id)
     if expected is None:
-        with pytest.raises(
-            distill.Problem, match="its config.json (contradicts itself|needs a different name)"
-        ):
+        with pytest.raises(distill.Problem, match="finetuned_bert_japanese.*id2label.*label2id"):
             distill.load_config(str(teacher))
         return
     config = distill.load_config(str(teacher))
@@ -247,24 +250,11 @@ def test_base_with_tokenizer_is_none_where_config_names_none(data, fails, base):
 
 def test_base_with_tokenizer_is_hub_name_and_no_network_is_said(data, fails, monkeypatch):
     # without it, the library would try for a minute
-    monkeypatch.setattr(distill.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = save_model(Path("finetuned_bert_japanese"), tokenizer=False)
     edit_config(folder, _name_or_path="someone/bert-base-japanese")
     message = fails()
-    assert "'someone/bert-base-japanese'" in message and "no connection" in message
-
-
-@pytest.mark.parametrize(
-    "sizes, base",
-    [((32768, 768), "-v3"), ((32000, 768), "ipadic"), ((6144, 768), "char-v2"), ((99, 768), None)],
-)
-def test_load_tokenizer_names_bases_of_this_vocabulary(sizes, base):
-    folder = save_model(Path("finetuned_bert_japanese"), tokenizer=False)
-    config = distill.load_config(str(folder))
-    config.vocab_size, config.hidden_size = sizes
-    with pytest.raises(distill.Problem) as problem:
-        distill.load_tokenizer(str(folder), config)
-    assert (base in str(problem.value)) if base else ("tohoku" not in str(problem.value))
+    assert "'someone/bert-base-japanese'" in message and "cannot be loaded" in message
 
 
 def test_check_vocabulary_notes_other_size(teacher, data, run, capsys):
@@ -294,52 +284,25 @@ def test_fit_to_model_pads_at_the_end(teacher, data, run):
 def test_load_tokenizer_refuses_folder_without_and_names_fix(data, fails, run):
     save_model("finetuned_bert_japanese", tokenizer=False)
     message = fails()
-    assert "holds no tokenizer" in message and "TOKENIZER" in message
+    assert "holds no tokenizer: the folder holds config.json" in message
+    assert "TOKENIZER instead: README.md lists some by" in message and str(VOCABULARY) in message
     AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained("tokenizer")
     run("--tokenizer", "tokenizer", "--epochs", "1")
     assert Path("distilled_model/vocab.txt").exists()
 
 
-@pytest.mark.parametrize(
-    "reason, packages",
-    [
-        ("The ipadic dictionary is not installed. See …", "ipadic"),
-        ("You need to install sudachipy to use SudachiTokenizer.", "sudachipy sudachidict_core"),
-        ("You need to install rhoknp to use JumanppTokenizer.", "rhoknp (it calls Juman++"),
-        ("requires the protobuf library but it was not found in your environment", "protobuf"),
-        ("No module named 'fugashi'", "fugashi unidic-lite"),
-        ("Package `sudachidict_full` is not installed: pip install it", "sudachidict_full"),
-    ],
-)
-def test_missing_package_advice_names_what_the_library_names(reason, packages):
-    assert distill.missing_package_advice(reason).startswith(f"pip install {packages}")
-    assert distill.missing_package_advice("its vocabulary is of ipadic, broken") is None
-
-
-def test_missing_package_advice_knows_that_unidic_is_two_steps():
-    reason = "The unidic dictionary itself is not found. See … for installation."
-    assert distill.missing_package_advice(reason) == "python -m unidic download"
-
-
-@pytest.mark.parametrize("weights", [b"version https://git-lfs.github.com/spec/v1\n", b""])
-def test_weights_advice_for_damaged_file(teacher, data, fails, weights):
-    (teacher / "model.safetensors").write_bytes(weights)
-    assert "git lfs pull, or download it again" in fails()
-    edit_json(teacher / "config.json", id2label=None, label2id=None)  # then it is read even earlier
-    assert "git lfs pull, or download it again" in fails()
-
-
-def test_weights_advice_for_config_of_another_model(teacher, data, fails):
+def test_load_model_names_shapes_that_differ_from_the_config(teacher, data, fails):
     edit_json(teacher / "config.json", id2label={"0": "negative", "1": "positive", "2": "mixed"})
     edit_json(teacher / "config.json", label2id={"negative": 0, "positive": 1, "mixed": 2})
-    assert "Its config.json does not fit its weights" in fails()
+    message = fails()
+    assert "classifier.bias (3,)" in message and "(2,)" in message
 
 
 @pytest.mark.parametrize("package", ["fugashi", "unidic_lite"])
 def test_load_tokenizer_names_missing_package(teacher, data, fails, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     message = fails()
-    assert package in message and "pip install " in message and "unidic-lite" in message
+    assert package in message and "finetuned_bert_japanese" in message
 
 
 def test_load_tokenizer_refuses_max_length_beyond_positions(teacher, data, fails):
@@ -348,20 +311,20 @@ def test_load_tokenizer_refuses_max_length_beyond_positions(teacher, data, fails
 
 def test_check_vocabulary_refuses_ids_beyond_the_teacher(data, fails):
     save_model("finetuned_bert_japanese", vocab_size=500)
-    assert f"has ids up to {VOCABULARY - 1}, the teacher only 0 to 499" in fails()
+    message = fails()
+    assert f"ids up to {VOCABULARY - 1}" in message and "the teacher" in message
+    assert "499" in message
 
 
 def test_check_vocabulary_refuses_special_tokens_alone(teacher, data, fails):
     (teacher / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    assert "its vocabulary holds nothing but special tokens" in fails()
+    assert "has 0 tokens that are not special" in fails()
 
 
 def test_warn_if_tokenizer_guessed_without_tokenizer_class(teacher, data, run):
     Path(teacher, "tokenizer_config.json").write_text('{"do_lower_case": false}', "utf-8")
-    assert (
-        "finetuned_bert_japanese does not name its tokenizer_class: "
-        "texts are read by BertTokenizer." in notes(run("--epochs", "1"))
-    )
+    found = notes(run("--epochs", "1"))
+    assert "does not name its tokenizer_class: BertTokenizer is taken" in found
     edit_json(teacher / "config.json", tokenizer_class="BertJapaneseTokenizer")
     assert "tokenizer_class" not in notes(run("--epochs", "1"))
 
@@ -369,9 +332,9 @@ def test_warn_if_tokenizer_guessed_without_tokenizer_class(teacher, data, run):
 @pytest.mark.parametrize(
     "version, mecab_kwargs, told",
     [
-        ("4.30.2", None, "saved by 4.30"),
-        ("4.45.2", {}, "saved by 4.45"),
-        (None, None, "an unknown version"),
+        ("4.30.2", None, "saved by transformers 4.30.2"),
+        ("4.45.2", {}, "saved by transformers 4.45.2"),
+        (None, None, "saved by transformers None"),
         ("4.46.0", None, ""),
         ("5.24.0", None, ""),
         ("4.30.2", {"mecab_dic": "unidic_lite"}, ""),
@@ -383,7 +346,7 @@ def test_warn_if_tokenizer_guessed_without_dictionary(
     edit_json(teacher / "config.json", transformers_version=version)
     edit_json(teacher / "tokenizer_config.json", mecab_kwargs=mecab_kwargs)
     found = notes(run("--epochs", "1"))
-    assert ("does not name its mecab_dic" in found) == bool(told) and told in found
+    assert ("mecab_dic" in found) == bool(told) and told in found
 
 
 # ── load_model ──
@@ -397,13 +360,13 @@ def test_load_model_is_frozen_in_eval_mode_and_float32():
     assert not any(tensor.requires_grad for tensor in teacher.parameters())
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "other shape"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "pointer of git-lfs"])
 def test_load_model_refuses_broken_weights(teacher, data, fails, harm):
     path = teacher / "model.safetensors"
     if harm == "missing":
         path.unlink()
-    elif harm == "other shape":
-        edit_config(teacher, intermediate_size=48)
+    elif harm == "pointer of git-lfs":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         path.write_bytes(path.read_bytes()[: 5000 if harm == "truncated" else 0])
     assert "TEACHER = './finetuned_bert_japanese': its weights cannot be loaded" in fails()
@@ -444,15 +407,12 @@ def test_check_vocabulary_refuses_tokenizer_without_padding(teacher):
     path = teacher / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"pad_token": None}), "utf-8")
     distill.MAX_LENGTH = 32
-    assert "it has no padding token" in str(outcome(classify_two_texts, str(teacher)))
+    assert "None for padding" in str(outcome(classify_two_texts, str(teacher)))
 
 
 def test_check_teacher_weights_refuses_unknown_layers(teacher, data, fails):
     edit_json(teacher / "config.json", num_hidden_layers=2)
-    assert (
-        "its file holds layers, or parts of layers, that its config.json does not know "
-        "(bert.encoder.layer.2." in fails()
-    )
+    assert "bert.encoder.layer.2." in fails()
 
 
 def test_check_teacher_weights_names_unused_weights(teacher, data, run):
@@ -463,10 +423,8 @@ def test_check_teacher_weights_names_unused_weights(teacher, data, run):
         teacher / "model.safetensors",
         {"format": "pt"},
     )
-    assert (
-        "holds weights that a BertForSequenceClassification does not use: cls.predictions.bias"
-        in notes(run("--epochs", "1"))
-    )
+    found = notes(run("--epochs", "1"))
+    assert "BertForSequenceClassification" in found and "cls.predictions.bias" in found
 
 
 @pytest.mark.parametrize(
@@ -478,7 +436,7 @@ def test_warn_if_several_weights_says_which_are_read(teacher, name, capsys):
     (teacher / name).write_text("{}", "utf-8")
     distill.load_model(str(teacher))
     printed = notes(capsys.readouterr().out)
-    assert f"model.safetensors and {name}: model.safetensors is read" in printed
+    assert f"sets of weights, model.safetensors, {name}: the first is read" in printed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -504,10 +462,10 @@ def test_preflight_checks_refuse_unknown_tracker(teacher, data, fails):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--num-layers", "7"], "the teacher has layers 0 to 2"),
+        (["--num-layers", "7"], "layers 0 to 2"),
         (["--report-to", "nosuch"], "REPORT_TO = 'nosuch'"),
         (["--student-init", "broken"], "STUDENT_INIT = 'broken': its weights cannot be loaded"),
-        (["--student-init", "other"], "is of the family 'roberta'"),
+        (["--student-init", "other"], "family 'roberta'"),
         (["--method", "mate", "--generator", "broken"], "GENERATOR = 'broken'"),
     ],
 )
@@ -598,7 +556,7 @@ def test_warn_if_labels_exchanged_names_both_labels(data, run, monkeypatch):
 def test_add_soft_labels_equals_stock_model(teacher, data, settings):
     settings.setattr(distill, "DATA", "data")
     settings.setattr(distill, "TEMPERATURE", 3.0)
-    model, tokenizer = distill.load_model(teacher), AutoTokenizer.from_pretrained(teacher)
+    model, tokenizer = distill.load_model(str(teacher)), AutoTokenizer.from_pretrained(teacher)
     Path(distill.CACHE).mkdir()
     table = distill.tokenize(distill.load_data(model.config.label2id)[0], tokenizer)
     table = distill.add_soft_labels(table, model, distill.collate)
@@ -652,10 +610,10 @@ def test_warn_if_timed_on_other_hardware_logs_note(teacher, data, run, monkeypat
     )
 
 
-def test_rename_extra_tokens_lets_transformers_4_read_the_tokenizer(teacher, tmp_path):
+def test_save_model_lets_transformers_4_read_the_tokenizer(teacher, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[匿名]"]})
-    distill.save_folder(tmp_path / "saved", tiny_model(), tokenizer)
+    distill.save_model(tiny_model(), tokenizer, tmp_path / "saved")
     saved = json.loads(Path(tmp_path, "saved", "tokenizer_config.json").read_text("utf-8"))
     assert saved["additional_special_tokens"] == ["[匿名]"]  # what version 4 writes and reads
     assert not isinstance(saved.get("extra_special_tokens"), list)
@@ -664,32 +622,7 @@ def test_rename_extra_tokens_lets_transformers_4_read_the_tokenizer(teacher, tmp
     assert again(text) == tokenizer(text) and "[匿名]" in again.all_special_tokens
 
 
-# ── Folders that hold something else than a model ──
-
-
-def test_refuse_missing_model_names_checkpoints(teacher, data, fails):
-    save_model(Path("trained/checkpoint-500"))
-    message = fails("--teacher", "trained")
-    assert "holds no model" in message and "checkpoints: trained/checkpoint-500" in message
-
-
-def test_refuse_missing_model_knows_peft_adapters(data, fails):
-    Path("adapter").mkdir()
-    Path("adapter/adapter_config.json").write_text("{}")
-    assert "It is a PEFT adapter: merge it into" in fails("--teacher", "adapter")
-
-
-def test_refuse_incomplete_config_asks_for_model_type(teacher, data, fails):
-    edit_json(teacher / "config.json", model_type=None)
-    assert 'Write "model_type": "bert" into it' in fails()
-
-
-def test_refuse_incomplete_config_asks_for_labels(data, fails):
-    save_model(Path("three"), labels=("a", "b", "c"))
-    edit_json("three/config.json", id2label=None, label2id=None)
-    message = fails("--teacher", "three")
-    assert "it has 3 outputs, but its config.json does not name its labels" in message
-    assert '"id2label": {"0": "…", "1": "…", "2": "…"}' in message
+# ── Weights that are something else ──
 
 
 def resave_weights(teacher, change):
@@ -699,21 +632,17 @@ def resave_weights(teacher, change):
     torch.save(change(weights), teacher / "pytorch_model.bin")
 
 
-def test_check_teacher_weights_knows_data_parallel(teacher, data, fails):
-    resave_weights(teacher, lambda weights: {f"module.{key}": w for key, w in weights.items()})
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda weights: {f"module.{key}": w for key, w in weights.items()}, "module.bert"),
+        (lambda weights: {"epoch": 3, "model_state_dict": weights}, "model_state_dict"),
+        (lambda weights: tiny_model(), "pytorch_model.bin"),
+    ],
+    ids=["data parallel", "checkpoint", "pickled model"],
+)
+def test_load_model_names_what_is_found_in_place_of_weights(teacher, data, fails, change, found):
+    resave_weights(teacher, change)
     message = fails()
-    assert "begin with module. (module.bert" in message
-    assert "model.module.save_pretrained" in message
-
-
-def test_check_teacher_weights_knows_checkpoints(teacher, data, fails):
-    resave_weights(teacher, lambda weights: {"epoch": 3, "model_state_dict": weights})
-    message = fails()
-    assert "is a checkpoint that holds" in message and "'model_state_dict'" in message
-
-
-def test_load_model_knows_pickled_models(teacher, data, fails):
-    resave_weights(teacher, lambda weights: tiny_model())
-    message = fails()
-    assert "pickled model, which could run code and is not opened" in message
-    assert "\x1b" not in message and len(message) < 500
+    assert "TEACHER = './finetuned_bert_japanese'" in message and found in message
+    assert "\x1b" not in message and len(message) < 2000

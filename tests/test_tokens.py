@@ -203,10 +203,11 @@ def test_make_encoder_of_words_with_white_space_equals_stock(subwords):
         assert distill.encode([[text]], tokenizer, 64)["input_ids"] == [expected]
 
 
-def test_token_budget_batches_takes_rows_without_tokens():
-    batches = [batch.tolist() for batch in distill.token_budget_batches([0, 3, 0, 5], 6)]
+def test_token_budget_batches_takes_rows_without_tokens(monkeypatch):
+    monkeypatch.setattr(distill, "TOKENS_PER_BATCH", 6)
+    batches = [batch.tolist() for batch in distill.token_budget_batches([0, 3, 0, 5])]
     assert sorted(sum(batches, [])) == [0, 1, 2, 3]
-    assert list(distill.token_budget_batches([0, 0], 6))
+    assert list(distill.token_budget_batches([0, 0]))
 
 
 def test_encode_truncates_fast_tokenizer_as_stock_and_leaves_it_alone(rust):

@@ -280,7 +280,6 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
         {"LOSS_WEIGHTS": [0.8, 0.1, 0.1]},
         {"LOSS_WEIGHTS": (0.8, 0.1, 0.1)},
         {"INIT_LAYERS": [1]},
-        {"METHOD_TERMS": distill.METHOD_TERMS | {"rail": {"CE": 1.0}}},
         {"GENERATOR_WEIGHTS": {"KL": 0.1, "CRD": 0.9}},
         {"BATCHES_PER_POOL": 3},
     ]
@@ -591,11 +590,9 @@ def test_train_accepts_a_method_of_its_own(teacher, data, capsys):
         return (2 * loss, outputs) if return_outputs else 2 * loss
 
 
-# METHOD → class of its trainer
+METHODS = {
+    "mine": Mine,
 """
-    module = load_edited(
-        ("# METHOD → class of its trainer\n", mine),
-        ('    "kd": CustomTrainer,\n', '    "kd": CustomTrainer,\n    "mine": Mine,\n'),
-    )
+    module = load_edited(("METHODS = {\n", mine))
     module.main([*TINY, "--epochs", "1", "--method", "mine"])
     assert "student  test" in capsys.readouterr().out

@@ -14,11 +14,12 @@ of rounds that failed.
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -26,37 +27,55 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import distill  # noqa: E402
+
 TIMES = "seconds", "texts_per_second", "speedup"
-# The script itself, but the teacher's answers are saved every 50 ms and asked for in small batches,
-# so that kills fall between
-SCRIPT = (
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill; "
-    "distill.SAVE_SECONDS = 0.05; distill.TOKENS_PER_BATCH = 256; distill.main()"
-)
 OPTIONS = (
     "--teacher-base base --teacher-epochs 3 --teacher-learning-rate 1e-3 --data data "
     "--max-length 32 --epochs 6 --patience 9 --batch-size 8"
 ).split()
 
 
-def start(folder, limit=None):
+class Copy:
+    """A copy of this process that calls a function; a new process would import for ten seconds."""
+
+    def __init__(self, function, *given):
+        self.read_end, write_end = os.pipe()
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self.call, args=(write_end, function, *given))
+        self.process.start()
+        os.close(write_end)
+
+    def call(self, write_end, function, *given):
+        os.dup2(write_end, 1)
+        os.dup2(write_end, 2)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        function(*given)
+
+    def end(self, timeout=600):
+        """Wait for its end, or kill it after `timeout` seconds; return (status, what it said)."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        with open(self.read_end, encoding="utf-8", errors="replace") as said:
+            return self.process.exitcode, said.read()
+
+
+def run_script(folder, limit=None):
     """The script in `folder`.
 
     `limit`: the size in bytes at which a file cannot grow any more, as on a full disk.
     """
-
-    def limited():
+    os.chdir(folder)
+    if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *OPTIONS],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=limited if limit else None,
-    )
+    # the teacher's answers are saved every 50 ms and asked for in small batches, so that kills
+    # fall between
+    distill.SAVE_SECONDS = 0.05
+    distill.TOKENS_PER_BATCH = 256
+    distill.main(OPTIONS)
 
 
 def without_times(value):
@@ -121,9 +140,8 @@ def damage(folder, draw):
         Path(folder, "distilled_model").mkdir(exist_ok=True)
         if not (Path(folder, "distilled_model/report.json")).exists():
             Path(folder, "distilled_model/mine").write_text("x")
-            process = start(folder)
-            told = process.communicate()[0]
-            assert process.returncode == 1 and "not overwritten" in told, told
+            status, told = Copy(run_script, folder).end()
+            assert status == 1 and "not written by distill.py" in told, told
             shutil.rmtree(Path(folder, "distilled_model"))
     return kind
 
@@ -143,25 +161,21 @@ def stage(printed):
     return words[-1] if words else "start"
 
 
-def one_round(template, whole, seconds, begin, draw, seen):
+def one_round(template, whole, seconds, draw, seen):
     """One round; returns what went wrong, a list."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(template, folder, dirs_exist_ok=True)
         for _ in range(draw.randint(1, 3)):
             limit = draw.choice([None] * 6 + [20_000, 60_000, 150_000, 400_000])
-            process = start(folder, limit)
-            try:
-                printed = process.communicate(timeout=draw.uniform(begin, seconds))[0]
-                if process.returncode and (
-                    process.returncode != 1
-                    or "distill.py: " not in printed
-                    or "Traceback" in printed
-                ):
-                    return [f"limit {limit}: ended with {process.returncode}: {printed[-800:]}"]
-                seen["ended by a full disk" if process.returncode else "ended before its kill"] += 1
-            except subprocess.TimeoutExpired:
-                process.kill()
-                seen["killed at: " + stage(process.communicate()[0])] += 1
+            status, printed = Copy(run_script, folder, limit).end(draw.uniform(0, seconds))
+            if status == -signal.SIGKILL:
+                seen["killed at: " + stage(printed)] += 1
+            elif status and (
+                status != 1 or "distill.py: " not in printed or "Traceback" in printed
+            ):
+                return [f"limit {limit}: ended with {status}: {printed[-800:]}"]
+            else:
+                seen["ended by a full disk" if status else "ended before its kill"] += 1
             for name in (
                 "finetuned_bert_japanese",
                 "distilled_model",
@@ -169,37 +183,34 @@ def one_round(template, whole, seconds, begin, draw, seen):
                 if Path(folder, name).exists() and not Path(folder, name, "vocab.txt").exists():
                     return [f"{name} is half-written"]
             seen[damage(folder, draw)] += 1
-        process = start(folder)
-        printed = process.communicate(timeout=600)[0]
-        if process.returncode:
-            return [f"the last run ended with {process.returncode}: {printed[-800:]}"]
+        status, printed = Copy(run_script, folder).end()
+        if status:
+            return [f"the last run ended with {status}: {printed[-800:]}"]
         end = end_of(folder)
         return [f"{name} differs" for name in whole if end[name] != whole[name]] + half_written(
             folder
         )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     failed, seen = 0, collections.Counter()
     with tempfile.TemporaryDirectory() as template:
         prepare(template)
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(template, folder, dirs_exist_ok=True)
-            before, process = time.monotonic(), start(folder)
-            process.stdout.readline()
-            begin = time.monotonic() - before  # until then Python only starts
-            printed = process.communicate()[0]
-            assert process.returncode == 0, printed
+            before = time.monotonic()
+            status, printed = Copy(run_script, folder).end()
+            assert status == 0, printed
             seconds, whole = time.monotonic() - before, end_of(folder)
         for number in range(given.rounds):
             wrong = one_round(
-                template, whole, seconds, begin, random.Random(f"{given.seed}-{number}"), seen
+                template, whole, seconds, random.Random(f"{given.seed}-{number}"), seen
             )
             failed += bool(wrong)
             print(
