@@ -318,7 +318,7 @@ class CustomTrainer(Trainer):
     """
 
     terms = ()  # of the loss of a MethodTrainer
-    softens = True  # False: T is 1, not TEMPERATURE
+    softens = True  # False: the soft labels have T = 1, whatever TEMPERATURE is
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
     run_id_parts = ()  # what training depends on besides constants, data and `extra_state`
 
@@ -518,8 +518,8 @@ def evaluate(predictions, label_names):
     for role in "teacher", "student":
         splits = {split: compute_metrics(outputs, role) for split, outputs in predictions.items()}
         results[role] = {"splits": splits, **evaluate_labels(test, role, label_names)}
-    answers = test["logits"]["student"].argmax(-1)
-    warn_if_one_label("student", "test", answers, test["labels"], label_names)
+    predicted = test["logits"]["student"].argmax(-1)
+    warn_if_one_label("student", "test", predicted, test["labels"], label_names)
     return results
 
 

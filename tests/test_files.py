@@ -165,7 +165,7 @@ def test_replacement_fault_refuses_what_cannot_be_replaced(teacher, data, run, f
 # ── Locks ──
 
 
-def test_run_lock_refuses_second_run_and_ignores_dead_one(teacher, data, run, fails):
+def test_folder_faults_refuse_second_run_and_ignores_dead_one(teacher, data, run, fails):
     held = (
         "import filelock, time\n"
         "with filelock.FileLock({!r}): print('held', flush=True); time.sleep(600)"
@@ -218,10 +218,10 @@ def test_load_with_checksum_names_damaged_files_to_make_anew(teacher, data, run)
         assert (MODEL.read_bytes(), history()) == before
 
 
-# ── save_folder ──
+# ── replaced ──
 
 
-def test_save_folder_follows_link(teacher, data, run):
+def test_replaced_follows_link(teacher, data, run):
     Path("elsewhere").mkdir()
     for target in (
         "elsewhere/student",
@@ -235,7 +235,7 @@ def test_save_folder_follows_link(teacher, data, run):
         assert os.listdir(Path(target).parent) == [Path(target).name]
 
 
-def test_save_folder_leaves_folders_beside_output_alone(teacher, data, run):
+def test_replaced_leaves_folders_beside_output_alone(teacher, data, run):
     for name in "distilled_model.old", "distilled_model.new", "finetuned_bert_japanese.old":
         Path(name).mkdir()
         Path(name, "mine").write_text("x")
@@ -246,7 +246,7 @@ def test_save_folder_leaves_folders_beside_output_alone(teacher, data, run):
     )
 
 
-def test_save_folder_on_full_disk_keeps_old_result(teacher, data, run, fails, monkeypatch):
+def test_replaced_on_full_disk_keeps_old_result(teacher, data, run, fails, monkeypatch):
     run("--epochs", "1")
     before = {file.name: file.read_bytes() for file in Path("distilled_model").iterdir()}
 
@@ -261,7 +261,7 @@ def test_save_folder_on_full_disk_keeps_old_result(teacher, data, run, fails, mo
     assert "goes on after epoch 3" in run("--alpha", "1.0")
 
 
-def test_save_folder_keeps_old_student_of_run_that_fails(teacher, data, run, fails):
+def test_replaced_keeps_old_student_of_run_that_fails(teacher, data, run, fails):
     run("--epochs", "1")
     before = {file.name: file.read_bytes() for file in Path("distilled_model").iterdir()}
     fails("--learning-rate", "1e30")
@@ -390,7 +390,7 @@ def test_is_own_cache_after_kill_while_it_is_made(teacher, data, run):
     assert "distill.py" in Path(".distill_cache/CACHEDIR.TAG").read_text("utf-8")
 
 
-def test_replaced_folder_takes_folders_within(teacher, data, run):
+def test_replaced_takes_folders_within(teacher, data, run):
     """A tokenizer with several chat templates is saved with a folder of its own."""
     tokenizer = distill.transformers.AutoTokenizer.from_pretrained(teacher)
     tokenizer.chat_template = {"default": "{{ messages }}", "other": "{{ messages }}!"}

@@ -140,7 +140,7 @@ def test_made_teacher_reaches_other_machine(data, run, monkeypatch):
     run("--data", "texts", "--teacher-base", "b", "--cache", "deep/cache", "--epochs", "1")
 
 
-def test_check_same_refuses_machine_with_other_texts(teacher, data):
+def test_check_same_in_all_processes_refuses_machine_with_other_texts(teacher, data):
     """Its answers would go into the cache as those to the first machine's texts."""
     shutil.copytree("data", "first/data")
     shutil.copytree(teacher, Path("first", teacher))
