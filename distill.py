@@ -145,7 +145,7 @@ def run():
         tokenizer = on_main_process(lambda: load_tokenizer(tokenizer_name, config))
         preflight_checks(config, tokenizer)
         data, label2id = load_data(teacher_labels)  # the data's labels where the teacher has none
-        data |= load_extra_texts(data["train"], tokenizer)  # splits of their own, until labelled
+        data |= load_extra_texts(data["train"], tokenizer)  # splits of their own at first
         test_texts = data["test"]
         student_tokenizer = load_student_tokenizer(tokenizer, data)
         data = tokenize(data, tokenizer, student_tokenizer)
@@ -164,7 +164,7 @@ def run():
 
     with timed_stage("student", stage_seconds):
         student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
-        # the copied layer is used to words in context: give it word vectors that are like these
+        # the copied layer expects words in context: refit the word vectors to resemble them
         refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)
         if student_tokenizer is not tokenizer:  # the teacher needs its token ids no longer
             data = use_student_ids(data)
@@ -359,7 +359,8 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
 
     Training stops after EPOCHS, after PATIENCE epochs without a lower validation loss, or on Ctrl-C
     (which is re-raised if no epoch has finished, if use_best_if_stopped is False, or if there are
-    several processes). trainer.model then has the weights of the epoch with the lowest one.
+    several processes). Afterwards trainer.model has the weights of the epoch with the lowest
+    validation loss.
 
     Each epoch ends with a checkpoint. A run with the same settings, code, data and weights (its run
     id) resumes from it, with a bit-identical result.
@@ -412,8 +413,9 @@ def train_epoch(trainer, epoch):
     shares = shares_of_steps(len(trainer.train_dataset), trainer.args.train_batch_size)
     loss_sum = 0.0
 
-    for batch in progress_bar(loader, desc=f"epoch {epoch}"):
-        n_texts, weight = next(shares)  # of this process; the weight is 1 if it is the only one
+    batches = progress_bar(loader, desc=f"epoch {epoch}")
+    # of this process: its number of texts, and their weight, 1 if it is the only process
+    for batch, (n_texts, weight) in zip(batches, shares, strict=True):
         learning_rate = trainer.lr_scheduler.get_last_lr()[0]
 
         loss = trainer.compute_loss(model, batch)
@@ -497,7 +499,8 @@ def predict(trainer, rows):
     next(timed_logits(trainer.model, loader))  # warm-up
     timed_batches = timed_logits(trainer.model, loader)
     for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
-        _, logits[row_numbers], batch_seconds = timed_batch
+        _, batch_logits, batch_seconds = timed_batch
+        logits[row_numbers] = batch_logits
         seconds[row_numbers] = batch_seconds / len(row_numbers)
     teacher_seconds = torch.tensor(column_array(rows, "teacher_seconds"))
     return {
@@ -591,7 +594,7 @@ def progress_bar(steps, **options):
 
 @contextlib.contextmanager
 def timed_stage(name, stage_seconds):
-    """Add the seconds that the block takes to `stage_seconds`, under `name`."""
+    """Store the seconds that the block takes in `stage_seconds`, under `name`."""
     start = time.perf_counter()
     yield
     stage_seconds[name] = time.perf_counter() - start
@@ -679,7 +682,7 @@ def compute_metrics(outputs, role):
     """Return the metrics of one model on one split, a dict. Add new ones here.
 
     outputs: what `predict` returns. role: "teacher" or "student". All metrics are written to
-    report.json; those in SPLIT_COLUMNS are printed, too. agreement is the share of texts on which
+    report.json; those in SPLIT_TABLE are printed, too. agreement is the share of texts on which
     the model predicts what the teacher does; kl is KL(teacher || model) at T = 1.
     """
     labels, logits = outputs["labels"], outputs["logits"][role]
@@ -784,14 +787,14 @@ def without_folders(value):
 
 
 # columns of the two tables that are printed: heading, figure, width, format
-SPLIT_COLUMNS = (
+SPLIT_TABLE = (
     ("accuracy", "accuracy", 9, ".4f"),
     ("macro F1", "macro_f1", 10, ".4f"),
     ("agreement", "agreement", 11, ".4f"),
     ("seconds", "seconds", 9, ".2f"),
     ("texts/s", "texts_per_second", 9, ",.0f"),
 )
-LABEL_COLUMNS = (
+LABEL_TABLE = (
     ("precision", "precision", 12, ".4f"),
     ("recall", "recall", 9, ".4f"),
     ("F1", "f1", 9, ".4f"),
@@ -814,11 +817,11 @@ def format_figures(figures, columns):
 
 def format_report(report):
     """Return the report as text: the tables, and what they mean in words."""
-    lines = [f"{'split':>14} {format_headings(SPLIT_COLUMNS)}"]
+    lines = [f"{'split':>14} {format_headings(SPLIT_TABLE)}"]
     sizes = []
     for role in "teacher", "student":
         for split, metrics in report[role]["splits"].items():
-            lines.append(f"{role:<8} {split:<6}{format_figures(metrics, SPLIT_COLUMNS)}")
+            lines.append(f"{role:<8} {split:<6}{format_figures(metrics, SPLIT_TABLE)}")
         if report[role]["parameters"] is not None:
             megabytes = report[role]["bytes"] / 1e6
             sizes.append(f"{role} {report[role]['parameters']:,} parameters, {megabytes:.1f} MB")
@@ -826,7 +829,7 @@ def format_report(report):
     lines += format_labels(report["student"]["labels"])
 
     if report["kept"] is None:
-        lines.append("The teacher gets no text of test right.")
+        lines.append("The teacher is wrong on every text of test.")
     else:
         lines.append(f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy.")
     if report["speedup"] is not None:
@@ -845,9 +848,9 @@ def format_labels(labels):
     """Return the lines of a table of labels, or none if there are more than ten."""
     if len(labels) > 10:
         return []
-    lines = [f"student on test{format_headings(LABEL_COLUMNS)}   label"]
+    lines = [f"student on test{format_headings(LABEL_TABLE)}   label"]
     for name, figures in labels.items():
-        lines.append(f"{'':<15}{format_figures(figures, LABEL_COLUMNS)}   {name}")
+        lines.append(f"{'':<15}{format_figures(figures, LABEL_TABLE)}   {name}")
     return lines
 
 
@@ -917,14 +920,14 @@ def classifier_class(config):
     return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
 
 
-def load_teacher_config(teacher_name, teacher_recipe):
+def load_teacher_config(teacher_name, recipe):
     """Return (config, label2id) of the teacher.
 
     If it is still to be made, or there is none: the config of the model to start from, and None.
     """
     name, setting = teacher_name, "TEACHER"
-    if teacher_recipe:
-        name, setting = teacher_recipe["base"], "TEACHER_BASE"
+    if recipe:
+        name, setting = recipe["base"], "TEACHER_BASE"
     elif teacher_name is None:
         name, setting = STUDENT_INIT, "STUDENT_INIT"
     config = on_main_process(lambda: load_config(name, setting))
@@ -1216,25 +1219,25 @@ def load_model(name, setting="TEACHER", config=None):
         # run it once, so that what does not fit fails here
         end_id = getattr(config, "eos_token_id", None) or 0  # BART needs one in its input
         model.eval()(input_ids=torch.full((1, 2), end_id))
-    check_weights(what, model, info, is_teacher=setting == "TEACHER")
+    check_weights(what, model, info, is_complete=setting == "TEACHER")
     return model.requires_grad_(setting != "TEACHER")
 
 
-def check_weights(what, model, info, is_teacher):
+def check_weights(what, model, info, is_complete):
     """Raise Problem if weights are missing, of another shape, not numbers, or of more layers.
 
     transformers would only warn, and go on with random weights or without the layers.
-    info: what from_pretrained tells of them.
+    info: what from_pretrained tells of them. is_complete: the head counts, too.
     """
     missing = sorted(info["missing_keys"])
     for key, saved, needed in info["mismatched_keys"]:
         missing.append(f"{key} {tuple(needed)}, of which the file has {tuple(saved)}")
-    if not is_teacher:  # the head may be missing, or have other labels
+    if not is_complete:  # its head may be missing, or have other labels
         head = rf"(?!{model.base_model_prefix}\.)|.*\.pooler\."
         missing = [key for key in missing if not re.match(head, key)]
     broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
     unused = sorted(info["unexpected_keys"])
-    has_more_layers = is_teacher and re.search(r"layers?\.\d+\.", " ".join(unused))
+    has_more_layers = is_complete and re.search(r"layers?\.\d+\.", " ".join(unused))
     needed_by = f"a {type(model).__name__} of its config.json"
     if missing or broken or has_more_layers:
         faults = {"missing": missing, "NaN or infinite": broken, "more than it has": unused}
@@ -1244,7 +1247,7 @@ def check_weights(what, model, info, is_teacher):
             "weights and config.json as save_pretrained writes them, of a fine-tuned classifier "
             "for TEACHER; name a model that is to be fine-tuned first in TEACHER_BASE."
         )
-    if unused and is_teacher:
+    if unused and is_complete:
         log("note", f"{what} holds weights that {needed_by} does not use: {short_list(unused)}")
 
 
@@ -1368,10 +1371,12 @@ def find_parts(setting, kinds):
         return {"the set": path}
     files = data_files(path, kinds)
     is_saved = files and files.keys() <= {"state.json", "dataset_dict.json", "dataset_info.json"}
+    read_folder = []
     if not files:  # as the hub lays out its folders
+        read_folder = ["data"]
         files = data_files(path / "data", kinds)
     if files and not is_saved:
-        log_unread(name, os.listdir(path), [*files, "data"])
+        log_unread(name, os.listdir(path), [*files, *read_folder])
         return files
 
     accepted = (
@@ -1426,8 +1431,8 @@ def group_by_split(names):
             raise Problem(
                 f"DATA = {DATA!r}: for {split} there is {short_list(members) or 'nothing'}, in all "
                 f"{short_list([*names])}. Accepted are one file (or a set of shards, none missing) "
-                "for each of train, val and test, named alike, or a single file in all, which is "
-                "cut into the three."
+                "for each of train, val and test, named alike; or DATA itself names a single file, "
+                "which is cut into the three."
             )
     groups = {split: groups[split] for split in SPLITS}
     if not exact:
@@ -1547,8 +1552,8 @@ def log_label_counts(splits, names):
     if absent:
         log(
             "note",
-            f"no text of train has the label {short_list(absent)}: of it the student sees the "
-            "teacher's guesses alone",
+            f"no text of train has the label {short_list(absent)}: for it the student sees "
+            "only the teacher's guesses",
         )
 
 
@@ -1797,7 +1802,7 @@ def csv_rows(path, file, known_labels):
                 raise fault(first_line, f"{len(fields)} fields, but the header has {len(header)}")
             if line > first_line + 1:
                 spanning[first_line] = separator.join(fields)
-            labels.update(itertools.compress(fields, is_label))
+            labels.update(map(str.strip, itertools.compress(fields, is_label)))
             yield dict(zip(header, fields, strict=True))
     except csv.Error:
         raise fault(line, "a quote opens here that does not close at the end of a field") from None
@@ -1861,12 +1866,15 @@ def json_rows(path, file):
 
 def json_text(value, name):
     """Return a value of a JSON object as text; None for null, and for a text that is not one."""
+    column = canonical_name(name)
+    if column in map(canonical_name, soft_label_columns()):
+        return str(value)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):
         return value if is_encodable(value) else None
-    is_text_column = canonical_name(name) in map(canonical_name, text_columns())
-    return None if is_text_column else label_text(value)
+    is_text_column = column in map(canonical_name, text_columns())
+    return None if is_text_column or isinstance(value, list | dict) else label_text(value)
 
 
 def validate_rows(rows, split, outputs, names):
@@ -1909,12 +1917,14 @@ def refuse_faulty_rows(setting, name, faults):
         if rows:
             lines.append(f"{name}: {fault} in {len(rows):,} rows: {short_list(rows)}")
     if lines:
-        hint = (
-            f"{setting} = {globals()[setting]!r}: correct these rows, which are counted from 1. "
-            "Labels are the teacher's names (id2label in its config.json), or numbers of its "
-            "outputs from 0, in all splits alike."
-        )
-        raise Problem("\n  ".join([hint, *lines[:9]]))
+        hint = f"{setting} = {globals()[setting]!r}: correct these rows, which are counted from 1."
+        if setting == "DATA":
+            hint += (
+                " Labels are the teacher's names (id2label in its config.json), or numbers of its "
+                "outputs from 0, in all splits alike."
+            )
+        more = [f"and {len(lines) - 9:,} more faults"] if len(lines) > 9 else []
+        raise Problem("\n  ".join([hint, *lines[:9], *more]))
 
 
 def is_text(value):
@@ -2038,7 +2048,7 @@ def match_labels(splits, names):
     if as_names != as_numbers and n_unknown(as_numbers) == 0:
         meanings = [f"{label} is output {output}" for label, output in sorted(outputs.items())]
         log(
-            "note",
+            "data" if n_unknown(as_names) else "note",  # both fit: look at it
             f"the teacher's labels are {short_list(names)}; those of the data, numbers or names, "
             f"are taken so: {short_list(meanings)}",
         )
@@ -2098,7 +2108,7 @@ def encode_batch(batch, columns, tokenizers, max_length):
 
 
 def text_key(ids):
-    """Return a 64-bit integer that names token ids.
+    """Return a 64-bit integer that names token ids, or normalized texts.
 
     Of a million texts, two share a key with a probability of 3e-8.
     """
@@ -2139,8 +2149,8 @@ def log_shared_texts(data):
         if n_shared:
             log(
                 "data",
-                f"{n_shared:,} of {len(data[split]):,} texts of {split} also stand in {other}: "
-                f"{split} is flattered",
+                f"{n_shared:,} of {len(data[split]):,} texts of {split} also occur in {other}: "
+                f"the scores on {split} are inflated",
             )
 
 
@@ -2542,7 +2552,7 @@ def training_run_id(trainer):
     run_id["the code"] = digest(code_of())
     run_id["the versions"] = versions()
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
-    # of the first process in any case (DDP), and soft labels as good as equal.
+    # of the first process in any case (DDP), and soft labels are nearly equal.
     check_same_in_all_processes(run_id)
     check_same_in_all_processes(
         {"data": training_data(trainer, without={"soft_labels", "teacher_logits"})}
@@ -2978,7 +2988,8 @@ def layers_to_copy(config):
         layers = range(starts[INIT_LAYERS], starts[INIT_LAYERS] + NUM_LAYERS)
     else:
         layers = INIT_LAYERS
-    if min(layers) < 0 or max(layers) >= depth:
+    is_too_many = isinstance(INIT_LAYERS, str) and n_left_out < 0
+    if is_too_many or min(layers) < 0 or max(layers) >= depth:
         raise Problem(
             f"NUM_LAYERS = {NUM_LAYERS}, INIT_LAYERS = {INIT_LAYERS!r}: the {STUDENT_INIT} has "
             f"layers 0 to {depth - 1}."
@@ -3113,9 +3124,9 @@ DEFAULT_TEACHER = "./finetuned_bert_japanese"
 
 
 def find_teacher():
-    """Return (name, teacher_recipe): the teacher's folder or hub name, and how it is to be made.
+    """Return (name, recipe): the teacher's folder or hub name, and how it is to be made.
 
-    teacher_recipe: a dict of base and training (epochs, learning rate, patience); None if the
+    recipe: a dict of base and training (epochs, learning rate, patience); None if the
     teacher is there.
     name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
@@ -3163,7 +3174,7 @@ def teacher_of_student(folder):
     return os.path.join(CACHE, "sample_teacher") if is_sample and not has_teacher() else TEACHER
 
 
-def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collate_fn):
+def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
     """Fine-tune a base model on the hard labels, with the epoch loop of the student; save it."""
     set_labels(config, label2id)
     transformers.set_seed(SEED)
@@ -3172,7 +3183,7 @@ def make_teacher(name, teacher_recipe, config, tokenizer, label2id, data, collat
         model = classifier_class(config)(config)
     else:
         model = on_main_process(lambda: load_model(TEACHER_BASE, "TEACHER_BASE", config))
-    training = teacher_recipe["training"]
+    training = recipe["training"]
     trainer = make_trainer(model, data, collate_fn, HardLabelTrainer, *training)
     checkpoint_path = Path(CACHE, "teacher_checkpoint.pt")
     train(trainer, checkpoint_path, use_best_if_stopped=False)
@@ -3240,7 +3251,7 @@ def add_given_soft_labels(data):
         logits = probabilities.clamp_min(torch.finfo(torch.float64).tiny).log()
         return {
             "teacher_logits": logits.float().numpy(),
-            "soft_labels": F.softmax(logits / TEMPERATURE, -1).float().numpy(),
+            "soft_labels": soften(logits).numpy(),
             "teacher_seconds": np.zeros(len(logits), np.float32),  # unknown
         }
 
@@ -4438,7 +4449,8 @@ def load_student(folder, teacher=None, threshold=None):
     """Return a function from texts to answers: [{"label": name, "score": probability}, …].
 
     folder: OUTPUT of a run. texts: a list of texts, or of pairs if the student was trained on
-    pairs; the answers are in their order. Raise Problem if there is no student, or a text is none.
+    pairs; the answers are in their order. Raise Problem if there is no complete student, or if an
+    item is not a text.
 
     teacher: the folder or hub name of the teacher, who then answers where the student's score is
     at most `threshold`: from 0 to 1, or None for the one in report.json, which was chosen on val.
@@ -4491,11 +4503,12 @@ def load_saved(folder):
         if saved_config["architectures"][0] != "BiLSTM":
             options["config"] = load_config(folder, "OUTPUT")
             model_class = classifier_class(options["config"])
-        model = model_class.from_pretrained(folder, **options)
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
+        check_weights(repr(folder), model, info, is_complete=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         fit_to_model(tokenizer, model.config)
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_tokens(model.config))
-        # a first text, before several threads use it, puts away options saved in tokenizer.json
+        # a first text, before several threads use it, clears options saved in tokenizer.json
         encode([["晴れ"]], tokenizer, tokenizer.model_max_length)
     return model.eval(), tokenizer
 
@@ -4868,6 +4881,7 @@ def recording(model, names, hooks):
         outputs[name] = output if isinstance(output, torch.Tensor) else output[0]
 
     def call(batch):
+        outputs.clear()
         arguments = dict(options)
         for name, value in model_inputs(batch).items():
             if name in parameters or (takes_any and name != "length"):
@@ -5117,7 +5131,7 @@ def option_faults():
     if GENERATOR and not AUGMENT and "KL′" not in METHODS[METHOD].terms:
         yield (
             f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "
-            '"mate" or "cilda"'
+            '"mate", "cilda" or "cilda+minild"'
         )
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'

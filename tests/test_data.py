@@ -146,6 +146,17 @@ def test_read_file_names_line_of_unclosed_quote():
         ), found
 
 
+def test_csv_rows_tells_rows_in_quotes_by_labels_with_spaces():
+    lines = ["text, label", "雨, positive", '"雪, negative', "風, positive", '霧", negative']
+    assert "line 3: a quote opens here" in str(read("\n".join([*lines, "雲, negative"])))
+
+
+def test_json_text_takes_no_list_of_labels_for_one():
+    rows = [{"text": "雨", "label": label} for label in (["a"], ["a", "b"], [], {"a": 1})]
+    found = read("\n".join(map(json.dumps, rows)), "data.jsonl")
+    assert [label for _, label in found] == ["a", None, None, None]
+
+
 def test_read_file_reads_texts_over_several_lines_and_logs_them(capsys):
     texts = [
         "良い店、\nまた行く",

@@ -20,6 +20,7 @@ from conftest import (
     edit_json,
     outcome,
     rows,
+    save_generator,
     save_model,
     tiny_model,
     write_csv,
@@ -144,6 +145,23 @@ def test_load_student_reads_texts_of_a_megabyte(student, text):
 def test_load_student_reads_long_text_from_its_beginning(student):
     beginning = "料理は美味しいが接客は最悪だった。" * 100
     assert student([beginning + "良い" * 400_000])[0] == pytest.approx(student([beginning])[0])
+
+
+def test_load_saved_refuses_model_without_classifier():
+    save_generator("generator")  # a masked-language model
+    with pytest.raises(distill.Problem, match=r"classifier\.weight"):
+        distill.load_saved("generator")
+
+
+def test_recording_forgets_the_outputs_of_the_last_batch():
+    class Changing(torch.nn.Module):
+        def forward(self, x):
+            return {"logits": x, "extra": x} if x.sum() > 0 else {"logits": x}
+
+    with contextlib.ExitStack() as stack:
+        call = distill.recording(Changing(), {"logits"}, stack)
+        assert {*call({"x": torch.ones(1)})} == {"logits", "extra"}
+        assert {*call({"x": torch.zeros(1)})} == {"logits"}
 
 
 def test_load_saved_ignores_run_time_flags(teacher):

@@ -90,6 +90,7 @@ def test_load_student_tokenizer_refuses_one_that_cannot_be_saved(
 def test_layers_to_copy_refuses_layers_the_teacher_lacks(teacher, data, fails):
     assert "the teacher has layers 0 to 2" in fails("--num-layers", "4")
     assert "the teacher has layers 0 to 2" in fails("--num-layers", "1", "--init-layers", "(3,)")
+    assert "the teacher has layers 0 to 2" in fails("--num-layers", "4", "--init-layers", "spread")
 
 
 # ── refit_word_vectors ──

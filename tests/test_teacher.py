@@ -504,7 +504,7 @@ def test_check_teacher_reports_accuracy_below_largest_class(teacher, data, run, 
     assert printed.index("the teacher is right on") < printed.index(" epoch   train loss")
     assert (
         "Cascade:" not in printed
-        and "The teacher gets no text of test right.\nThe student is " in printed
+        and "The teacher is wrong on every text of test.\nThe student is " in printed
     )
     assert report()["kept"] is None
 

@@ -175,9 +175,7 @@ def test_log_shared_texts_counts_texts_of_two_splits(data, settings, capsys, tea
     write_csv(data / "test.csv", rows("test", 4) + rows("train", 3))
     distill.tokenize(load_splits(settings), AutoTokenizer.from_pretrained(teacher))
     printed = capsys.readouterr().out
-    assert (
-        "3 of 7 texts of test also stand in train" in printed and "val is flattered" not in printed
-    )
+    assert "3 of 7 texts of test also occur in train" in printed and "scores on val" not in printed
 
 
 def test_log_tokens_reports_unknown_tokens(teacher, data, run):
