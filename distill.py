@@ -30,7 +30,7 @@ import codecs
 import contextlib
 import copy
 import csv
-import errno
+import dis
 import functools
 import gzip
 import hashlib
@@ -46,7 +46,6 @@ import re
 import shutil
 import site
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -55,7 +54,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, SimpleNamespace
 
 # what runs, read before the slow imports: the file may be edited while it runs
 SOURCE = Path(__file__).read_text("utf-8")
@@ -134,8 +133,6 @@ def run():
 
     Return the report, a dict (see README.md); None in every process but the first.
     """
-    on_main_process(clear_folders)
-    log_processes()
     stage_seconds = {}
 
     with timed_stage("data", stage_seconds):
@@ -245,12 +242,12 @@ def add_soft_labels(data, teacher, collate_fn):
 
 @torch.inference_mode()
 def timed_logits(model, loader):
-    """Run `model` over `loader`; yield (batch, logits (batch, classes), seconds per batch)."""
+    """Run `model` over `loader`; yield (logits (batch, classes), seconds) for each batch."""
     model.eval()
     for batch in loader:
         start = time.perf_counter()
         logits = model(**model_inputs(batch)).logits
-        yield batch, logits, time.perf_counter() - start
+        yield logits, time.perf_counter() - start
 
 
 # ── Student ───────────────────────────────────────────────────────────────────────────────────────
@@ -313,10 +310,11 @@ class CustomTrainer(Trainer):
     """A Trainer for METHOD "kd", and the base class of all other methods.
 
     Its loaders keep soft_labels; the stock ones drop what is not an argument of the model. A new
-    method is a subclass that overrides compute_loss, or one of MethodTrainer, whose loss is a
-    weighted sum of terms; its only entry is that in METHODS.
+    method is a subclass that overrides batch_loss or compute_loss, or one of MethodTrainer, whose
+    loss is a weighted sum of terms; its only entry is that in METHODS.
     """
 
+    families = None  # of teachers that it works with; None: all FAMILIES
     terms = ()  # of the loss of a MethodTrainer
     softens = True  # False: the soft labels have T = 1, whatever TEMPERATURE is
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
@@ -331,8 +329,12 @@ class CustomTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**model_inputs(inputs))
-        loss = distillation_loss(outputs.logits, inputs["labels"], inputs["soft_labels"])
+        loss = self.batch_loss(outputs.logits, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def batch_loss(self, logits, batch):
+        """Return the mean loss of a batch (see `collate`) for the student's logits."""
+        return distillation_loss(logits, batch["labels"], batch["soft_labels"])
 
     def get_train_dataloader(self):
         """Batches of texts of similar length, in an order that depends on SEED and state.epoch."""
@@ -493,13 +495,13 @@ def predict(trainer, rows):
     teacher does not: its outputs are in the data.
     """
     teacher_logits = torch.tensor(column_array(rows, "teacher_logits"), dtype=torch.float32)
-    logits = torch.empty_like(teacher_logits)
-    seconds = torch.empty(len(rows))
+    logits, seconds = torch.empty_like(teacher_logits), torch.empty(len(rows))
     loader = trainer.get_test_dataloader(rows)
     next(timed_logits(trainer.model, loader))  # warm-up
-    timed_batches = timed_logits(trainer.model, loader)
-    for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
-        _, batch_logits, batch_seconds = timed_batch
+    answers = timed_logits(trainer.model, loader)
+    for row_numbers, (batch_logits, batch_seconds) in zip(
+        loader.batch_sampler, answers, strict=True
+    ):
         logits[row_numbers] = batch_logits
         seconds[row_numbers] = batch_seconds / len(row_numbers)
     teacher_seconds = torch.tensor(column_array(rows, "teacher_seconds"))
@@ -532,7 +534,7 @@ def save_results(student, tokenizer, history, results, answers, run_info):
         save_model(student, tokenizer, folder)
         report = make_report(student, history, results, run_info, folder)
         write_report(report, folder)
-        write_model_card(report, run_info["teacher"]["name"], splits_words(tokenizer), folder)
+        write_model_card(report, splits_words(tokenizer), folder)
         pandas.DataFrame(history).to_csv(folder / "history.csv", index=False)
         write_answers(answers, folder)
         plot_losses(history, report["best_epoch"], folder)
@@ -586,6 +588,11 @@ def log(stage, message):
     print(f"{stage:<9} {message}", flush=True)
 
 
+def note(message):
+    """Print what a run goes on in spite of, but the user should look at."""
+    log("note", message)
+
+
 def progress_bar(steps, **options):
     """Return `steps` with a progress bar on a terminal; only the first process shows it."""
     is_hidden = None if rank() == 0 else True  # None: hidden where there is no terminal
@@ -604,12 +611,11 @@ def log_processes():
     """Say how many processes there are, and that accelerate needs MPI to start several."""
     if world_size() > 1:
         texts = f"the teacher's texts and each batch of {BATCH_SIZE}"
-        log("note", f"{world_size()} processes share {texts}")
+        note(f"{world_size()} processes share {texts}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        log(
-            "note",
+        note(
             "accelerate starts one process on a CPU without --mpirun_hostfile; "
-            "torchrun starts several",
+            "torchrun starts several"
         )
 
 
@@ -643,15 +649,10 @@ def best_epoch_of(history):
 
 def make_report(student, history, results, run_info, folder):
     """Return the report, a dict (see README.md). folder: where the student has been saved."""
-    teacher_info = run_info["teacher"]
     teacher_test = results["teacher"]["splits"]["test"]
     student_test = results["student"]["splits"]["test"]
     report = {
-        "teacher": {
-            "parameters": teacher_info["parameters"],
-            "bytes": teacher_info["bytes"],
-            **results["teacher"],
-        },
+        "teacher": {**run_info["teacher"], **results["teacher"]},
         "student": {
             "parameters": student.num_parameters(),
             "bytes": os.path.getsize(folder / "model.safetensors"),
@@ -885,11 +886,11 @@ def write_answers(answers, folder):
     )
 
 
-def write_model_card(report, teacher_name, is_japanese, folder):
+def write_model_card(report, is_japanese, folder):
     card = MODEL_CARD.format(
         **report["settings"],
         language="language: ja\n" if is_japanese else "",
-        teacher=without_folders(teacher_name),
+        teacher=report["teacher"]["name"],
         table=format_report(report),
     )
     (folder / "README.md").write_text(card, "utf-8")
@@ -904,13 +905,6 @@ def write_report(report, folder):
 
 # the families of models that can be teachers
 FAMILIES = "bert", "roberta", "bart", "electra", "deberta-v2", "modernbert", "distilbert"
-# METHOD → the families it works with; a METHOD that is not named here works with all
-METHOD_FAMILIES = {
-    "rail": ("bert", "roberta", "bart"),
-    "mate": ("bert", "roberta", "bart"),
-    "cilda": ("bert", "roberta", "bart"),
-    "cilda+minild": ("bert", "roberta"),
-}
 
 
 def classifier_class(config):
@@ -985,7 +979,7 @@ def check_architecture(config, what, setting):
     Of a TEACHER_BASE only the family counts: it gets another head.
     """
     architecture = str((config.architectures or ["…ForSequenceClassification"])[0])
-    families = METHOD_FAMILIES.get(METHOD, FAMILIES)
+    families = METHODS[METHOD].families or FAMILIES
     is_classifier = (
         architecture.endswith("ForSequenceClassification")
         and config.num_labels > 1
@@ -1008,14 +1002,15 @@ def checked_label_names(config, what):
     the names were set), with its numbers as strings, or from number to name, does not contradict.
     If id2label has only LABEL_0, …, the names of label2id are taken.
     """
-    outputs = range(config.num_labels)
+    outputs = [*range(config.num_labels)]
     names = {str(name) for name in config.id2label.values()}
-    is_complete = set(config.id2label) == set(outputs) and len(names) == len(outputs)
+    is_complete = sorted(config.id2label) == outputs and len(names) == len(outputs)
 
     # entries without their direction: each is a name and a number
+    label2id = config.label2id or {}
     id2label = {frozenset(map(str, entry)) for entry in config.id2label.items()}
-    label2id = {frozenset(map(str, entry)) for entry in (config.label2id or {}).items()}
-    with_known_name = {entry for entry in label2id if entry & names}
+    with_known_name = {frozenset(map(str, entry)) for entry in label2id.items()}
+    with_known_name = {entry for entry in with_known_name if entry & names}
     if not is_complete or not with_known_name <= id2label:
         raise Problem(
             f"{what}: the label names in its config.json do not fit together: id2label is "
@@ -1023,11 +1018,10 @@ def checked_label_names(config, what):
             f"id2label for each of the outputs 0 to {len(outputs) - 1}, and a label2id that "
             "agrees. Correct the one that is wrong; id2label is what pipelines print."
         )
-
-    if names == {f"LABEL_{number}" for number in outputs} and not with_known_name:
-        name_of = {str(number): str(name) for name, number in (config.label2id or {}).items()}
-        if set(name_of) == {str(number) for number in outputs}:
-            return [name_of[str(number)] for number in outputs]
+    if not with_known_name and names == {f"LABEL_{number}" for number in outputs}:
+        by_number = sorted(label2id, key=lambda name: str(label2id[name]).zfill(9))
+        if [str(label2id[name]) for name in by_number] == [*map(str, outputs)]:
+            return [*map(str, by_number)]
     return [str(config.id2label[number]) for number in outputs]
 
 
@@ -1087,10 +1081,9 @@ def load_tokenizer(name, config, role="teacher", max_length=None):
             f"{config.vocab_size - 1}, and a token for padding. {advice}."
         )
     if n_ids < config.vocab_size:
-        log(
-            "note",
+        note(
             f"{where} has {n_ids:,} tokens, the {role} {config.vocab_size:,}. If these are "
-            "not just spare rows, it is that of another model, or of another version",
+            "not just spare rows, it is that of another model, or of another version"
         )
 
     limit = max_tokens(config)
@@ -1141,12 +1134,11 @@ def warn_if_tokenizer_guessed(tokenizer, name, saved_config, config):
     if uses_mecab and is_old and not (saved_config.get("mecab_kwargs") or {}).get("mecab_dic"):
         guessed['"mecab_kwargs": {"mecab_dic": …}'] = "unidic_lite"
     for option, value in guessed.items():
-        log(
-            "note",
+        note(
             f"{name} (saved by transformers {version}) does not name its {option}: {value} is "
             "taken. If the teacher was trained with another (most Japanese BERTs with "
             "BertJapaneseTokenizer, before transformers 4.46 with ipadic), write that into its "
-            "tokenizer_config.json",
+            "tokenizer_config.json"
         )
 
 
@@ -1183,6 +1175,7 @@ def load_teacher(name, config, label2id):
         name = f"the probabilities in the column {SOFT_LABELS_COLUMN}"
         return model, {"name": name, "parameters": None, "bytes": None}
     n_parameters = model.num_parameters()
+    name = without_folders(name)
     return model, {"name": name, "parameters": n_parameters, "bytes": 4 * n_parameters}
 
 
@@ -1202,7 +1195,7 @@ def load_model(name, setting="TEACHER", config=None):
     )
     found = [file for file in possible if os.path.isfile(os.path.join(name, file))]
     if len(found) > 1:
-        log("note", f"{what} holds several sets of weights, {', '.join(found)}: the first is read")
+        note(f"{what} holds several sets of weights, {', '.join(found)}: the first is read")
     advice = (
         f"On disk, {describe_path(name)}; accepted are weights and config.json of one model, as "
         "save_pretrained writes them"
@@ -1248,7 +1241,7 @@ def check_weights(what, model, info, is_complete):
             "for TEACHER; name a model that is to be fine-tuned first in TEACHER_BASE."
         )
     if unused and is_complete:
-        log("note", f"{what} holds weights that {needed_by} does not use: {short_list(unused)}")
+        note(f"{what} holds weights that {needed_by} does not use: {short_list(unused)}")
 
 
 def check_teacher(rows, names):
@@ -1257,41 +1250,34 @@ def check_teacher(rows, names):
     rows: the training texts with labels and soft_labels. names: the label names, by output.
     """
     labels = column_array(rows, "labels")
-    is_labelled = labels != NO_LABEL
     predicted = [np.argmax(batch["soft_labels"], -1) for batch in iter_batches(rows, "soft_labels")]
-    predicted = np.concatenate(predicted)[is_labelled]
-    labels = labels[is_labelled]
+    is_labelled = labels != NO_LABEL
+    predicted = torch.tensor(np.concatenate(predicted)[is_labelled])
+    labels = torch.tensor(labels[is_labelled])
     warn_if_one_label("teacher", "train", predicted, labels, names)
 
-    majority, majority_count = Counter(labels.tolist()).most_common(1)[0]
-    accuracy = (predicted == labels).mean()
-    majority_share = majority_count / len(labels)
-    if accuracy < majority_share:  # no model at all would be better
-        log(
-            "note",
-            f"the teacher is right on {accuracy:.1%} of train; to answer {names[majority]} always "
-            f"would be right on {majority_share:.1%}. Likely causes: its labels are in another "
-            "order than those of the data; its tokenizer or MeCab dictionary is not the one it was "
-            "trained with; TEXT_COLUMN or LABEL_COLUMN names another column; it was trained too "
-            "little",
+    confusion = confusion_matrix(labels, predicted, len(names))
+    n_majority, majority = confusion.sum(1).max(0)
+    if confusion.trace() < n_majority:  # no model at all would be better
+        note(
+            f"the teacher is right on {confusion.trace() / len(labels):.1%} of train; to answer "
+            f"{names[majority]} always would be right on {n_majority / len(labels):.1%}. Likely "
+            "causes: its labels are in another order than those of the data; its tokenizer or "
+            "MeCab dictionary is not the one it was trained with; TEXT_COLUMN or LABEL_COLUMN "
+            "names another column; it was trained too little"
         )
-
-    # two labels of which each is mostly answered with the other
-    counts = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
-    mostly_other = {pair for pair, count in counts.items() if count > counts[pair[0], pair[0]]}
-    for first, second in sorted(mostly_other):
-        if first < second and (second, first) in mostly_other:
-            log(
-                "note",
-                f"the teacher answers {names[first]} mostly with {names[second]}, and "
-                f"{names[second]} mostly with {names[first]}: are these two labels exchanged?",
-            )
+    mostly_other = confusion > confusion.diagonal()[:, None]
+    for first, second in (mostly_other & mostly_other.T).triu().nonzero().tolist():
+        note(
+            f"the teacher answers {names[first]} mostly with {names[second]}, and "
+            f"{names[second]} mostly with {names[first]}: are these two labels exchanged?"
+        )
 
 
 def warn_if_one_label(role, split, predicted, labels, names):
     """Note if a model answers all texts of a split with one label, though they have several."""
     if len(set(predicted.tolist())) == 1 < len(set(labels.tolist())):
-        log("note", f"the {role} answers all texts of {split} with {names[predicted[0]]}")
+        note(f"the {role} answers all texts of {split} with {names[predicted[0]]}")
 
 
 # ── Data files ────────────────────────────────────────────────────────────────────────────────────
@@ -1344,18 +1330,14 @@ def read_splits(known_labels):
     columns = [*text_columns(), *soft_label_columns(), LABEL_COLUMN]
     parts = find_parts("DATA", FILE_KINDS)
     if "the set" in parts:
-        rows = read_part(parts["the set"], columns, known_labels)
-        splits = split_by_column(rows, columns) or {"the set": rows}
-        return {split: take_columns("DATA", split, columns, rows) for split, rows in splits.items()}
-
-    splits = {}
-    for split, names in group_by_split(parts).items():
-        shards = []
-        for name in names:
-            rows = read_part(parts[name], columns, known_labels)
-            shards.append(take_columns("DATA", name, columns, rows))
-        splits[split] = join_rows("DATA", shards)
-    return splits
+        parts["the set"] = read_part(parts["the set"], columns, known_labels)
+        groups = split_by_column(parts["the set"], columns) or parts
+        groups = {split: {split: rows} for split, rows in groups.items()}
+    else:
+        groups = group_by_split(parts)
+    return {
+        split: join_parts("DATA", group, columns, known_labels) for split, group in groups.items()
+    }
 
 
 def find_parts(setting, kinds):
@@ -1412,33 +1394,32 @@ def log_unread(where, found, read):
         log("data", f"{where}: not read: {short_list(unread)}")
 
 
-def group_by_split(names):
-    """Return {split: names of its files, or of parts of a data set}; Problem if one is missing.
+def group_by_split(parts):
+    """Return {split: those of the parts, see `find_parts`, that belong to it}; Problem for none.
 
-    A name is that of a split. Where none is, those that begin with one count: train-v1.1.json, or
-    train-00000-of-00002.parquet, a shard; several files are read only if they are all shards.
+    A part's name is that of a split. Where none is, those that begin with one count:
+    train-v1.1.json, or train-00000-of-00002.parquet, a shard; several files are read only if they
+    are all shards.
     """
     exact, longer = defaultdict(list), defaultdict(list)
-    for name in names:
+    for name in parts:
         first_word, rest = re.fullmatch(r"([^-_.]*)(.*)", name).groups()
         is_exact = rest.lower().removesuffix(".gz") in ("", *FILE_KINDS)
         (exact if is_exact else longer)[split_of(first_word)].append(name)
     exact.pop(None, None)
     groups = exact or longer
     for split in SPLITS:
-        members = groups[split]
-        if not is_one_set(members):
+        if not is_one_set(groups[split]):
             raise Problem(
-                f"DATA = {DATA!r}: for {split} there is {short_list(members) or 'nothing'}, in all "
-                f"{short_list([*names])}. Accepted are one file (or a set of shards, none missing) "
-                "for each of train, val and test, named alike; or DATA itself names a single file, "
-                "which is cut into the three."
+                f"DATA = {DATA!r}: for {split} there is {short_list(groups[split]) or 'nothing'}, "
+                f"in all {short_list([*parts])}. Accepted are one file (or a set of shards, none "
+                "missing) for each of train, val and test, named alike; or DATA itself names a "
+                "single file, which is cut into the three."
             )
-    groups = {split: groups[split] for split in SPLITS}
     if not exact:
         log("data", "; ".join(f"{split} is {short_list(groups[split])}" for split in SPLITS))
-    log_unread(DATA, names, itertools.chain(*groups.values()))
-    return groups
+    log_unread(DATA, parts, itertools.chain(*map(groups.get, SPLITS)))
+    return {split: {name: parts[name] for name in groups[split]} for split in SPLITS}
 
 
 def is_one_set(names):
@@ -1464,10 +1445,9 @@ def split_by_column(rows, columns):
         split_of_row = [split_of(label_text(value, kind)) for (value,) in iter_rows(rows, name)]
         found = sorted({*split_of_row} - {None})
         if found and None in split_of_row:
-            log(
-                "note",
+            note(
                 f"column {name!r} is not used: {split_of_row.count(None):,} of its values name no "
-                f"split, the first in row {split_of_row.index(None) + 1}",
+                f"split, the first in row {split_of_row.index(None) + 1}"
             )
         elif len(found) == 2:
             raise Problem(
@@ -1535,10 +1515,9 @@ def warn_if_labels_contradict(rows, split):
     table = hashed_texts(rows).drop_duplicates()
     table = table[table.duplicated("text", keep=False)].sort_values("text", kind="stable")
     if len(table):
-        log(
-            "note",
+        note(
             f"texts that occur in {split} more than once, with different labels: "
-            f"{table['text'].nunique():,}, in the rows {short_list(table.index + 1)}",
+            f"{table['text'].nunique():,}, in the rows {short_list(table.index + 1)}"
         )
 
 
@@ -1550,10 +1529,9 @@ def log_label_counts(splits, names):
     log("data", f"{DATA}: {sizes}; train has {short_list(by_label)}")
     absent = [names[label] for label in np.flatnonzero(counts == 0)]
     if absent:
-        log(
-            "note",
+        note(
             f"no text of train has the label {short_list(absent)}: for it the student sees "
-            "only the teacher's guesses",
+            "only the teacher's guesses"
         )
 
 
@@ -1586,6 +1564,17 @@ def take_columns(setting, name, columns, rows):
     return rows
 
 
+def join_parts(setting, parts, columns, known_labels=frozenset()):
+    """Return these columns of the parts of DATA or UNLABELED, see `find_parts`, as one Dataset."""
+    tables = []
+    for name, part in parts.items():
+        rows = read_part(part, columns, known_labels)
+        tables.append(take_columns(setting, name, columns, rows))
+    where = f"{setting} = {globals()[setting]!r}: its parts do not fit together"
+    with as_problem(where, "Write the columns of all parts in one type"):
+        return datasets.concatenate_datasets(tables)
+
+
 def find_columns(where, columns, found):
     """Return the names that columns have among those found; Problem for none, or several.
 
@@ -1602,13 +1591,6 @@ def find_columns(where, columns, found):
             )
         spelled += matches
     return spelled
-
-
-def join_rows(setting, parts):
-    """Return the rows of several parts of DATA or UNLABELED as one Dataset."""
-    where = f"{setting} = {globals()[setting]!r}: its parts do not fit together"
-    with as_problem(where, "Write the columns of all parts in one type"):
-        return datasets.concatenate_datasets(parts)
 
 
 def iter_batches(rows, *columns):
@@ -2131,11 +2113,10 @@ def log_tokens(data, tokenizer):
         if share > MAX_UNKNOWN_SHARE:
             unknown_shares.append(f"{share:.1%} of {split}")
     if unknown_shares:
-        log(
-            "note",
+        note(
             f"the vocabulary does not know many tokens ([UNK]): {', '.join(unknown_shares)}. Are "
             "these texts of the teacher's language, and is the tokenizer, with its dictionary, the "
-            "one that the teacher was trained with?",
+            "one that the teacher was trained with?"
         )
     first_ids = data["train"][0]["input_ids"][:30]
     log("data", "the first: " + " ".join(tokenizer.convert_ids_to_tokens(first_ids)))
@@ -2372,7 +2353,7 @@ def classify_encoded(model, tokenizer, columns):
     batches = list(token_budget_batches(columns["length"]))
     loader = (collate([rows[row] for row in batch], tokenizer.pad_token_id) for batch in batches)
     logits = torch.empty(len(rows), model.config.num_labels)
-    for batch, (_, batch_logits, _) in zip(batches, timed_logits(model, loader), strict=True):
+    for batch, (batch_logits, _) in zip(batches, timed_logits(model, loader), strict=True):
         logits[batch] = batch_logits
     return logits
 
@@ -2388,8 +2369,8 @@ def teacher_cache_path(teacher, data):
     Raise Problem if the processes differ in the teacher or the texts: the outputs that they give
     one another would be cached under wrong names.
     """
-    code = code_of("run_teacher", "BertForSequenceClassification", "make_collate_fn")
-    name = digest(teacher, code)
+    code = hash_of(run_teacher, BertForSequenceClassification, make_collate_fn)
+    name = digest(teacher, versions(), code)
     contents = {"teachers, distill.py, or versions of Python, PyTorch or transformers": name}
     for split, rows in data.items():
         contents[f"texts or tokenizers (seen in {split})"] = iter_batches(rows, "key")
@@ -2436,8 +2417,7 @@ def run_teacher(rows, teacher, collate_fn, outputs, path):
     last_save = time.monotonic()
     try:
         for _ in progress_bar(range(n_rounds), desc="teacher"):
-            new_parts = gather_from_all(next(own_parts, None))
-            parts += [part for part in new_parts if part]
+            parts += filter(None, gather_object([next(own_parts, None)]))
             if time.monotonic() - last_save > SAVE_SECONDS:
                 save()
                 last_save = time.monotonic()
@@ -2450,9 +2430,8 @@ def teacher_parts(rows, teacher, loader):
     """Yield the teacher's outputs for each batch, in the form of `load_teacher_outputs`."""
     keys = torch.from_numpy(column_array(rows, "key"))
     machine = machine_number()
-    timed_batches = timed_logits(teacher, loader)
-    for row_numbers, timed_batch in zip(loader.batch_sampler, timed_batches, strict=True):
-        _, logits, seconds = timed_batch
+    answers = timed_logits(teacher, loader)
+    for row_numbers, (logits, seconds) in zip(loader.batch_sampler, answers, strict=True):
         n_texts = len(row_numbers)
         yield {
             "key": keys[row_numbers],
@@ -2470,18 +2449,15 @@ def machine_number():
 def warn_if_timed_on_other_hardware(outputs, path):
     """Note if some of the teacher's times were measured on other hardware than this."""
     if (outputs["machine"] != machine_number()).any():
-        log(
-            "note",
+        note(
             "the teacher's seconds are from a run with another processor or number of threads, "
-            f"those of the student from this one; to compare them, delete {path}",
+            f"those of the student from this one; to compare them, delete {path}"
         )
 
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
-# what training does not depend on: settings of what comes after it, texts that only describe, and
-# what records the command line (PATH_SETTINGS are left out, too)
-NOT_IN_RUN_ID = (
+NOT_IN_RUN_ID = {
     "REPORT_TO",
     "EXPORT",
     "BASELINE",
@@ -2493,7 +2469,7 @@ NOT_IN_RUN_ID = (
     "CACHE_MARK",
     "SOURCE",
     "COMMAND_LINE_SETTINGS",
-)
+}
 
 
 def make_trainer(
@@ -2537,19 +2513,16 @@ def make_trainer(
 
 
 def training_run_id(trainer):
-    """Return what training depends on, {name: value or hash}: constants, code, data, weights.
+    """Return what training depends on, {name: value or hash}: settings, code, data, weights.
 
     What files and folders hold is in the data and the weights; where they lie does not count, so
     that a run resumes after it was moved. Raise Problem if the processes differ.
     """
-    run_id = {
-        name: repr(value)
-        for name, value in plain_constants().items()
-        if name not in (*NOT_IN_RUN_ID, *PATH_SETTINGS)
-    }
+    settings = sorted(ACCEPTED.keys() - NOT_IN_RUN_ID - {*PATH_SETTINGS})
+    run_id = {name: repr(globals()[name]) for name in settings}
     run_id["the number of epochs"] = trainer.args.num_train_epochs
     run_id["the learning rate"] = trainer.args.learning_rate
-    run_id["the code"] = digest(code_of())
+    run_id["the code"] = hash_of(run, distill, other_statements(), ignored=ACCEPTED)
     run_id["the versions"] = versions()
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels are nearly equal.
@@ -2564,119 +2537,116 @@ def training_run_id(trainer):
     return run_id
 
 
-def plain_constants():
-    """Return {name: value} for the constants of this file that are settings, numbers or texts."""
-    constants = {}
-    for name, value in globals().items():
-        is_constant = name.isupper() and isinstance(value, str | int | float | tuple | None)
-        if is_constant or name in ACCEPTED or name == "GENERATOR_WEIGHTS":
-            constants[name] = value
-    return constants
-
-
 def versions():
     python = ".".join(platform.python_version_tuple()[:2])
-    libraries = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
-    return f"Python {python}, {libraries}"
+    return f"Python {python}, PyTorch {torch.__version__}, transformers {transformers.__version__}"
 
 
-def code_of(*names):
-    """Return the code of these functions, classes and Class.methods, and of what they use by name.
+def hash_of(*values, ignored=()):
+    """Return a hash of functions, classes and values; a new one if they cannot be pickled.
 
-    It is a text: syntax trees without comments and docstrings, the values of the constants that are
-    used, the versions of the libraries, and hashes of the modules that belong to no installed
-    package and of what a script has put in the place of ours. A method that is called on an object,
-    self.x(), is not followed: name it, too.
-
-    Without names: all code of this file, without the settings and the versions.
+    Functions and classes of the user's own, those of this file among them, count by their code and
+    by all that they use by name, except settings that are paths and the names in `ignored`; those
+    of libraries by their names. A comment or docstring does not count.
     """
-    definitions = parse_definitions()
-    assert {*names} <= definitions.keys(), names
-    code = {"versions": versions()} if names else {}
-    # never part of the code; code_of mentions every setting, but what calls it depends on none
-    ignored = {"code_of", "ORIGINAL_OBJECTS", *NOT_IN_RUN_ID, *PATH_SETTINGS}
-    if not names:
-        ignored |= plain_constants().keys()
-    used = set()
-    remaining = [*(names or definitions)]
-    while remaining:
-        name = remaining.pop()
-        if name not in used | ignored:
-            used.add(name)
-            code[name], used_names = definitions.get(name, ("", ()))
-            remaining += used_names
-    values = {
-        name: value for name, value in globals().items() if name in used and is_plain_value(value)
-    }
-    substituted = {
-        name: without_name(value)
-        for name, value in named_objects().items()
-        if {name, name.split(".")[0]} & used
-        and ORIGINAL_OBJECTS.get(name) is not value
-        and (callable(value) or name in ORIGINAL_OBJECTS)
-    }
-    code["values"] = hash_of(sorted(values.items()))
-    code["replaced"] = hash_of(sorted(substituted.items()), own_modules())
-    return repr(sorted(code.items()))
+    state = hashlib.sha256(repr(own_files()).encode())
+    ignored = {*ignored} | NOT_IN_RUN_ID | {*PATH_SETTINGS}
+    pickler = ContentPickler(SimpleNamespace(write=state.update), recurse=True)
+    pickler.found, pickler.numbers = [], {}
+    try:
+        pickler.dump(values)
+        for value in pickler.found:  # it grows: what they use follows them
+            pickler.clear_memo()
+            pickler.dump(contents(value, ignored))
+    except Exception as error:
+        note(f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
+        return os.urandom(8).hex()
+    return state.hexdigest()
 
 
-def named_objects():
-    """Return {name: object} for functions and classes here, and for what classes and dicts hold."""
-    objects = {}
-    for name, value in globals().items():
-        members = {}
-        if isinstance(value, type):
-            members = vars(value)
-        elif isinstance(value, dict) and name != "ORIGINAL_OBJECTS":
-            members = value
-        if callable(value):
-            objects[name] = value
-        is_own_class = getattr(value, "__module__", None) == __name__
-        for key, member in members.items():
-            if is_own_class or callable(member):
-                objects[f"{name}.{key}"] = member
-    return objects
+class ContentPickler(Pickler):
+    """The pickler by which datasets hashes functions, with a number for whatever has `contents`.
+
+    found: these objects, numbered from 0. numbers: {id of an object: its number}.
+    """
+
+    def persistent_id(self, value):
+        if isinstance(value, set | frozenset):  # its order differs from one process to the next
+            return "set", *sorted(map(repr, value))
+        if isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
+        if not isinstance(value, FunctionType | CodeType | ModuleType | type):
+            return None
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.found)
+            self.found.append(value)
+        return self.numbers[id(value)]
 
 
-def without_name(value):
-    """Return a function without its name, so that it is pickled by its code."""
-    if not inspect.isfunction(value):
-        return value
-    nameless = FunctionType(
-        value.__code__, value.__globals__, "nameless", value.__defaults__, value.__closure__
-    )
-    nameless.__kwdefaults__ = value.__kwdefaults__
-    nameless.__dict__.update(value.__dict__)
-    return nameless
+def contents(value, ignored):
+    """Return what a function, class, module or code object consists of, for `hash_of`.
+
+    A function that a script has put into a library's class counts, too.
+    """
+    if isinstance(value, CodeType):
+        # Python 3.13 marks docstrings; before, the first constant of a function is one, or None
+        flag = getattr(inspect, "CO_HAS_DOCSTRING", 0)
+        has_docstring = value.co_flags & flag if flag else value.co_name[0] != "<"
+        arguments = value.co_varnames, value.co_argcount, value.co_kwonlyargcount
+        code = value.co_code, value.co_names, value.co_exceptiontable
+        return code, arguments, value.co_consts[1:] if has_docstring else value.co_consts
+
+    module_name = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    file = getattr(sys.modules.get(module_name), "__file__", "")
+    is_own = module_name in ("__main__", None) or is_own_file(file)
+    name = module_name, getattr(value, "__qualname__", "")
+    if not is_own and not isinstance(value, type):
+        return name
+    if isinstance(value, FunctionType):
+        module = value.__globals__
+        names = global_names(value.__code__) & module.keys() - ignored
+        used = {name: module[name] for name in names if not name.startswith("__")}
+        closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, value.__defaults__, value.__kwdefaults__, closure, vars(value), used
+
+    members = {}
+    for key, member in vars(value).items():
+        is_public = is_own and not key.startswith("_")  # transformers notes things on our classes
+        if is_public or isinstance(member, FunctionType | BuiltinFunctionType):
+            members[key] = member
+    return name, getattr(value, "__bases__", ()), members
 
 
-@functools.cache
-def parse_definitions():
-    """Return {name: (its syntax tree as text, the names in it)} for what this file defines."""
-    tree = ast.parse(SOURCE)
-    for node in ast.walk(tree):
-        can_have_docstring = isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)
-        if can_have_docstring and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
+def global_names(code):
+    """Return the names that a code object, or a function in it, looks up in its module."""
+    steps = dis.get_instructions(code)
+    names = {step.argval for step in steps if re.search("NAME|GLOBAL", step.opname)}
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names.union(*map(global_names, inner))
 
-    definitions = {}
-    for statement in tree.body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            named = {statement.name: statement}
-        else:  # what it assigns, also within a with or an if; an import, say, assigns no Name
-            names = [part for part in ast.walk(statement) if isinstance(part, ast.Name)]
-            assigned = {part.id for part in names if isinstance(part.ctx, ast.Store)}
-            assigned &= globals().keys()  # not the variables of comprehensions
-            named = dict.fromkeys(assigned or [ast.dump(statement)], statement)
-        if isinstance(statement, ast.ClassDef):
-            for method in statement.body:
-                if isinstance(method, ast.FunctionDef):
-                    named[f"{statement.name}.{method.name}"] = method
-        for name, node in named.items():
-            used_names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-            code, more_names = definitions.get(name, ("", set()))  # a name may be defined twice
-            definitions[name] = code + ast.dump(node), used_names | more_names
-    return definitions
+
+def other_statements():
+    """Return the statements of this file that define nothing and import nothing."""
+    definitions = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+    nodes = [node for node in ast.parse(SOURCE).body if not isinstance(node, definitions)]
+    return [text for text in map(ast.unparse, nodes) if not re.match(r"\w+ = |['\"]", text)]
+
+
+def own_files():
+    """Return the hashes of the user's own modules: those loaded, or imported in a function here."""
+    files = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
+    for name in re.findall(r"^ +(?:import|from) ([\w.]+)", SOURCE, re.MULTILINE):
+        with contextlib.suppress(ImportError, AttributeError, ValueError):
+            files.add(str(importlib.util.find_spec(name).origin))
+    scripts = __file__, str(getattr(sys.modules["__main__"], "__file__", ""))
+    return sorted(file_digest(file) for file in files - {*scripts} if is_own_file(file))
+
+
+def is_own_file(path):
+    """Whether a path is that of a module which belongs to no installed package."""
+    installed = *site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__)
+    path = str(path)
+    return path.endswith(".py") and os.path.isabs(path) and not path.startswith(installed)
 
 
 def training_data(trainer, without=frozenset()):
@@ -2695,10 +2665,9 @@ def start_or_resume(trainer, checkpoint_path, run_id):
     args = trainer.args
     n_steps = int(args.num_train_epochs) * len(trainer.get_train_dataloader())
     if n_steps <= WARMUP_STEPS:
-        log(
-            "note",
+        note(
             f"WARMUP_STEPS = {WARMUP_STEPS}, but training has {n_steps} steps at most: the "
-            "learning rate is never reached. Lower it, or BATCH_SIZE",
+            "learning rate is never reached. Lower it, or BATCH_SIZE"
         )
     trainer.create_optimizer_and_scheduler(num_training_steps=n_steps)
 
@@ -3057,7 +3026,7 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     def make_vectors():
         return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
-    code = code_of("contextual_vectors", "BertForSequenceClassification", "make_collate_fn")
+    code = hash_of(contextual_vectors, BertForSequenceClassification, make_collate_fn)
     vocabulary = sorted(tokenizer.get_vocab().items())
     special_ids = sorted(tokenizer.all_special_ids), tokenizer("")["input_ids"]
     parts = teacher, n_layers, vocabulary, special_ids, code, iter_batches(rows, "key")
@@ -3137,11 +3106,11 @@ def find_teacher():
         if is_sample and TEACHER_BASE is None:
             return find_sample_teacher()
     if is_sample:
-        log("note", "DATA is still the sample; set it to your teacher's data")
+        note("DATA is still the sample; set it to your teacher's data")
     if TEACHER_BASE is None:
         return TEACHER, None
     if os.path.exists(TEACHER):
-        log("note", f"{TEACHER} is used as it is; delete it to have it made from {TEACHER_BASE}")
+        note(f"{TEACHER} is used as it is; delete it to have it made from {TEACHER_BASE}")
         return TEACHER, None
     log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
     training = TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE
@@ -3305,23 +3274,20 @@ def read_unlabeled(n_classes=None):
     n_classes: the number of soft labels of each, with SOFT_LABELS_COLUMN.
     """
     columns = [*text_columns(), *soft_label_columns()]
-    tables = []
-    for name, part in find_parts("UNLABELED", (*FILE_KINDS, ".txt")).items():
-        table = take_columns("UNLABELED", name, columns, read_part(part, columns))
-        if SOFT_LABELS_COLUMN:
-            table, faults = parse_soft_labels(table, n_classes)
-            refuse_faulty_rows("UNLABELED", name, faults)
-            table = table.select_columns([*text_columns(), "teacher_probabilities"])
-        tables.append(table)
-    rows = join_rows("UNLABELED", tables)
+    parts = find_parts("UNLABELED", (*FILE_KINDS, ".txt"))
+    rows = join_parts("UNLABELED", parts, columns)
+    if SOFT_LABELS_COLUMN:
+        rows, faults = parse_soft_labels(rows, n_classes)
+        refuse_faulty_rows("UNLABELED", short_list([*parts]), faults)
+        rows = rows.remove_columns(SOFT_LABELS_COLUMN)
 
-    is_valid = [all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())]
-    if not any(is_valid):
+    is_valid = np.array([all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())])
+    if not is_valid.any():
         raise Problem(
             f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None."
         )
-    if not all(is_valid):
-        n_empty = is_valid.count(False)
+    if not is_valid.all():
+        n_empty = (~is_valid).sum()
         log("data", f"{UNLABELED}: {n_empty:,} of {len(rows):,} rows hold no text: left out")
     rows = rows.select(np.flatnonzero(is_valid))
     return rows.add_column("labels", [NO_LABEL] * len(rows))
@@ -3665,20 +3631,16 @@ WARM_START_LEARNING_RATE = 5e-4
 class HardLabelTrainer(CustomTrainer):
     """The loss is CE alone: METHOD "none", and the fine-tuning of a teacher."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**model_inputs(inputs))
-        loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none").mean()
-        return (loss, outputs) if return_outputs else loss
+    def batch_loss(self, logits, batch):
+        return F.cross_entropy(logits, batch["labels"], reduction="none").mean()
 
 
 class LogitTrainer(CustomTrainer):
     """METHOD "mse": ALPHA * mean((z_S - z_T)²) + (1 - ALPHA) * CE (arXiv:1903.12136)."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**model_inputs(inputs))
-        squares = F.mse_loss(outputs.logits, inputs["teacher_logits"], reduction="none")
-        loss = combine_with_cross_entropy(squares.mean(-1), outputs.logits, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+    def batch_loss(self, logits, batch):
+        squares = F.mse_loss(logits, batch["teacher_logits"], reduction="none").mean(-1)
+        return combine_with_cross_entropy(squares, logits, batch["labels"])
 
 
 class MethodTrainer(CustomTrainer):
@@ -3695,6 +3657,7 @@ class MethodTrainer(CustomTrainer):
     In evaluation the loss has CE and KL only, as they need nothing but the text.
     """
 
+    families = "bert", "roberta", "bart"
     softens = False
     paper_weights = ()  # of the terms, unless LOSS_WEIGHTS is set
     layer_term = None
@@ -3799,7 +3762,10 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        parts = self.teacher, METHOD, self.special_ids.tolist(), code_of(), versions(), keys
+        code = hash_of(
+            forward_with_layers, type(self).pool, type(self).is_ordinary, make_collate_fn
+        )
+        parts = self.teacher, self.special_ids.tolist(), versions(), code, keys
         path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
         if load_with_checksum(f"{path}.sum") != file_digest(path):
             log("teacher", f"one more pass, for METHOD = {METHOD!r}: its layers")
@@ -3915,6 +3881,7 @@ class CildaTrainer(MethodTrainer):
 class CildaMinildTrainer(CildaTrainer):
     """METHOD "cilda+minild": the student, too, compares layers (言語処理学会 2023 Q3-2)."""
 
+    families = "bert", "roberta"
     terms = "CE", "KL", "CRD", "CE′", "KL′", "CRD′"
     paper_weights = 2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12
 
@@ -4011,8 +3978,8 @@ def make_generator(trainer):
         range(min(2, trainer.teacher_depth)),
         teacher.state_dict(),
     )
-    methods = (f"MethodTrainer.{name}" for name in ("mask", "random_batch", "is_ordinary"))
-    code = code_of("make_generator", *methods, "make_collate_fn")
+    methods = (getattr(type(trainer), name) for name in ("mask", "random_batch", "is_ordinary"))
+    code = hash_of(make_generator, *methods, make_collate_fn)
     parts = teacher, SEED, trainer.mask_token_id, trainer.special_ids.tolist(), code
     keys = iter_batches(trainer.train_dataset, "key")
     weights = cached("generator", lambda: warm_start(generator, trainer), *parts, keys)
@@ -4520,7 +4487,7 @@ def encode_texts(tokenizer, texts, n_texts=None, n_before=0):
     count in the message.
     """
     if not texts:
-        return {"input_ids": [], "unknown": []}
+        return {"input_ids": [], "length": [], "unknown": []}
     if n_texts is None:
         n_texts = 1 if isinstance(texts[0], str) else 2
     rows = [(row,) if isinstance(row, str) else row for row in texts]
@@ -4537,10 +4504,7 @@ def encode_texts(tokenizer, texts, n_texts=None, n_before=0):
 
 def label_scores(model, tokenizer, encoded):
     """Return {"label": name, "score": probability} for each of the texts."""
-    if not encoded["input_ids"]:
-        return []
-    probabilities = classify_encoded(model, tokenizer, encoded).softmax(-1)
-    scores, outputs = probabilities.max(-1)
+    scores, outputs = classify_encoded(model, tokenizer, encoded).softmax(-1).max(-1)
     labels = [model.config.id2label[output] for output in outputs.tolist()]
     rows = zip(labels, scores.tolist(), strict=True)
     return [{"label": label, "score": score} for label, score in rows]
@@ -4668,84 +4632,6 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
         trainer.call_student = recording(student, {term["student"] for term in terms}, stack)
         train(trainer, Path(CACHE, "distill.pt"))
     return student.eval()
-
-
-def hash_of(*parts):
-    """Return a hash of functions, classes and values, or a new one if they cannot be pickled."""
-    state = hashlib.sha256()
-    try:
-        NamingPickler(SimpleNamespace(write=state.update)).dump(parts)
-    except Exception as error:
-        log("note", f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
-        return os.urandom(8).hex()
-    return state.hexdigest()
-
-
-class NamingPickler(Pickler):
-    """The pickler by which datasets hashes functions; of modules and of ours it takes the name.
-
-    The order of a set differs from one process to the next: it is sorted.
-    """
-
-    def __init__(self, file):
-        super().__init__(file, recurse=True)
-        self.names = {id(value): name for name, value in ORIGINAL_OBJECTS.items()}
-
-    def persistent_id(self, value):
-        if isinstance(value, ModuleType):
-            return value.__name__
-        if isinstance(value, set | frozenset):
-            return "set", *sorted(map(repr, value))
-        return self.names.get(id(value)) if callable(value) else None
-
-
-def own_modules():
-    """Return [(hash of the file, what is in memory)] for modules of the user's own, sorted.
-
-    These belong to no installed package. Their files may have been edited since they were loaded.
-    Of those that this file may import later, the file counts alone.
-    """
-    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
-    imports = " ".join(re.findall(r"^ *(?:import|from) (.+)", SOURCE, re.MULTILINE))
-    for name in {*re.findall(r"\w+", imports)} - files.keys():
-        spec = importlib.util.find_spec(name)
-        files[name] = spec and spec.origin
-    installed = *site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib")
-    scripts = sys.modules["__main__"], sys.modules[__name__]
-    contents = []
-    for name, file in sorted(files.items()):
-        module = sys.modules.get(name)
-        is_file = str(file).endswith(".py") and os.path.isabs(file)
-        if is_file and module not in scripts and not file.startswith(installed):
-            contents.append((file_digest(file), values_in_memory(module)))
-    return contents
-
-
-def values_in_memory(module):
-    """Return {name: value} of a module's plain values, and code and defaults of its functions."""
-    values = {}
-    for name, value in vars(module).items() if module else ():
-        if is_plain_value(value) and not name.startswith("__"):
-            values[name] = value
-        members = vars(value) if isinstance(value, type) else {"": value}
-        for key, member in members.items():
-            if isinstance(member, FunctionType) and member.__module__ == module.__name__:
-                code = member.__code__, member.__defaults__, member.__kwdefaults__
-                values[f"{name}.{key}"] = code
-    return values
-
-
-def is_plain_value(value):
-    """Whether a value is a number, a text, a tensor or None, or consists of them."""
-    if isinstance(value, dict):
-        value = *value, *value.values()
-    if isinstance(value, tuple | list | set | frozenset):
-        try:
-            return all(map(is_plain_value, value))
-        except RecursionError:  # it holds itself
-            return False
-    plain_types = str | bytes | int | float | torch.Tensor | np.ndarray | np.generic | None
-    return isinstance(value, plain_types)
 
 
 def pad_columns(rows):
@@ -4880,6 +4766,9 @@ def recording(model, names, hooks):
     def record(name, output):
         outputs[name] = output if isinstance(output, torch.Tensor) else output[0]
 
+    def recorder(name):
+        return lambda module, args, output: record(name, output)
+
     def call(batch):
         outputs.clear()
         arguments = dict(options)
@@ -4894,11 +4783,7 @@ def recording(model, names, hooks):
         return outputs
 
     for name in names & modules.keys():
-
-        def hook(module, args, output, name=name):
-            record(name, output)
-
-        hooks.enter_context(modules[name].register_forward_hook(hook))
+        hooks.enter_context(modules[name].register_forward_hook(recorder(name)))
     return call
 
 
@@ -5203,7 +5088,7 @@ def folder_faults(names, locks):
         lock = Path(folder, "lock") if name == "CACHE" else Path(f"{folder}.distill_lock")
         try:
             if value.startswith("~"):
-                raise OSError(errno.ENOENT, "no user of this name")
+                raise OSError("no user of this name")
             fault = make_cache() if name == "CACHE" else replacement_fault(name)
             if not fault:
                 locks.enter_context(filelock.FileLock(lock, blocking=False))
@@ -5211,7 +5096,7 @@ def folder_faults(names, locks):
         except filelock.Timeout:
             fault = "another run is using it (wait for its end)"
         except OSError as error:
-            fault = f"cannot be written ({error.strerror})"
+            fault = f"cannot be written ({reason(error)})"
         if fault:
             faults.append(f"{name} = {value!r}: {fault}; name another")
     return faults
@@ -5360,13 +5245,13 @@ def load_with_checksum(path):
     with contextlib.suppress(Exception):  # a pickle of something else, with the right checksum
         if hashlib.sha256(saved).digest() == checksum:
             return torch.load(io.BytesIO(saved), weights_only=True)
-    log("note", f"{path} is damaged: it is not used, and made anew")
+    note(f"{path} is damaged: it is not used, and made anew")
     return None
 
 
 def cached(kind, make, *parts):
     """Return make(), or what it gave in an earlier run. parts: all that it depends on."""
-    path = Path(CACHE, f"{kind}-{digest(*parts)}.pt")
+    path = Path(CACHE, f"{kind}-{digest(versions(), *parts)}.pt")
     content = load_with_checksum(path)
     if content is None:
         content = make()
@@ -5461,14 +5346,9 @@ def on_main_process(function):
     return results[0]
 
 
-def gather_from_all(value):
-    """Return, in every process, the list of the values of all processes."""
-    return gather_object([value])
-
-
 def sum_over_processes(*values):
     """Return, in every process, a list: the sum of each value over all processes."""
-    return [sum(column) for column in zip(*gather_from_all(values), strict=True)]
+    return [sum(column) for column in zip(*gather_object([values]), strict=True)]
 
 
 def shares_of_steps(n_texts, batch_size):
@@ -5487,7 +5367,7 @@ def check_same_in_all_processes(contents):
     """Raise Problem if a value of the dict `contents` differs between processes, by `digest`."""
     if world_size() == 1:
         return
-    digests = gather_from_all([*map(digest, contents.values())])
+    digests = gather_object([[*map(digest, contents.values())]])
     columns = zip(contents, *digests, strict=True)
     different = [what for what, *of_processes in columns if len({*of_processes}) > 1]
     if different:
@@ -5523,30 +5403,23 @@ def main(argv=None):
                 stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             on_main_process(functools.partial(check_settings, stack))
             check_same_settings()
+            on_main_process(clear_folders)
+            log_processes()
             run()
             shutil.rmtree(scratch_folder())
     except Problem as problem:
         sys.exit(f"{program}: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("distill.py: stopped by Ctrl-C; the same command goes on from here")
-    except RuntimeError as error:
-        if world_size() == 1 or "onnection" not in str(error):
+    except (KeyboardInterrupt, OSError, RuntimeError) as error:
+        is_lost = world_size() > 1 and "onnection" in str(error)  # that to another process
+        if isinstance(error, RuntimeError) and not is_lost:
             raise
+        if isinstance(error, BrokenPipeError):
+            # else Python would fail once more when it flushes standard output at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cause = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else reason(error)
         sys.exit(
-            f"{program}: lost its connection to another process. That process says why; if no "
-            "process does, check the network and GLOO_SOCKET_IFNAME"
-        )
-    except BrokenPipeError:
-        # else Python would fail once more when it flushes standard output at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(
-            "distill.py: the program that read its output has ended, so that it stops, too; the "
-            "same command goes on from here"
-        )
-    except OSError as error:
-        sys.exit(
-            f"{program}: {reason(error)}. What was saved before is still there; once this is put "
-            "right, the same command goes on from here."
+            f"{program}: stopped by {cause}. What was saved before is still there; the same "
+            "command goes on from here."
         )
     finally:
         apply_settings(settings)
@@ -5564,9 +5437,6 @@ def quiet_for_users():
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for a terminal without Japanese
 
-
-# the last statement, when everything is defined and no script has changed anything yet
-ORIGINAL_OBJECTS = named_objects()
 
 if __name__ == "__main__":
     main()

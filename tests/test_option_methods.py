@@ -30,8 +30,8 @@ import distill
 def methods_of(family):
     return [
         method
-        for method in distill.METHODS
-        if family in distill.METHOD_FAMILIES.get(method, distill.FAMILIES)
+        for method, trainer in distill.METHODS.items()
+        if family in (trainer.families or distill.FAMILIES)
     ]
 
 

@@ -157,12 +157,12 @@ def test_check_same_settings_refuses_other_settings_but_not_other_folders(settin
     def check(**of_other):
         """Compare this process's settings with those of another that has `of_other`, too."""
         gathered = []
-        settings.setattr(distill, "gather_from_all", lambda own: gathered.append(own) or [own])
+        settings.setattr(distill, "gather_object", lambda own: gathered.extend(own) or own)
         with settings.context() as patch:
             for name, value in of_other.items():
                 patch.setattr(distill, name, value)
             assert outcome(distill.check_same_settings) is None
-        settings.setattr(distill, "gather_from_all", lambda own: [*gathered, own])
+        settings.setattr(distill, "gather_object", lambda own: [*gathered, *own])
         return outcome(distill.check_same_settings)
 
     settings.setattr(distill, "world_size", lambda: 2)

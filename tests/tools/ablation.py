@@ -197,7 +197,7 @@ def int8_classifier(student):
             types = encoded.get("token_type_ids") or [[0] * len(row["input_ids"]) for row in rows]
             rows = [{**row, "token_type_ids": one} for row, one in zip(rows, types)]
         labels = numpy.empty(len(rows), int)
-        for batch in distill.token_budget_batches(encoded["length"], distill.TOKENS_PER_BATCH):
+        for batch in distill.token_budget_batches(encoded["length"]):
             inputs = distill.collate([rows[number] for number in batch], tokenizer.pad_token_id)
             arrays = {name: inputs[name].numpy() for name in names}
             labels[batch] = session.run(None, arrays)[0].argmax(-1)

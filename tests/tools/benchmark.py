@@ -71,8 +71,9 @@ def training_step(trainer, inputs):
 
 
 def classify(setup, tokens):
+    distill.TOKENS_PER_BATCH = tokens
     encoded = distill.encode([setup.texts], setup.tokenizer, distill.MAX_LENGTH)
-    return distill.classify_encoded(setup.student, setup.tokenizer, encoded, tokens)
+    return distill.classify_encoded(setup.student, setup.tokenizer, encoded)
 
 
 # ── One batch of 32 texts, hidden size 768, one layer ──
@@ -142,12 +143,9 @@ def inference():
 
 def forward_seconds(model, rows, tokens, collate_fn):
     """Of the forward passes alone, over all rows, as the script's report counts them."""
-    return sum(
-        one
-        for *_, one in distill.timed_logits(
-            model, distill.inference_loader(rows, collate_fn, tokens)
-        )
-    )
+    distill.TOKENS_PER_BATCH = tokens
+    loader = distill.inference_loader(rows, collate_fn)
+    return sum(one for _, one in distill.timed_logits(model, loader))
 
 
 def student_vs_teacher(setup):
@@ -211,9 +209,7 @@ def share_of_products(setup, model, n):
     loader, lengths = distill.inference_loader(rows, setup.collate_fn), rows["length"][:]
     a, b = torch.randn(2, 2048, 2048)
     rates = []  # batch by batch, each beside a plain product of about its size
-    for batch, (*_, time_of_batch) in zip(
-        loader.batch_sampler, distill.timed_logits(model, loader)
-    ):
+    for batch, (_, time_of_batch) in zip(loader.batch_sampler, distill.timed_logits(model, loader)):
         work = sum(operations(lengths[row]) for row in batch)
         times = max(1, round(work / (2 * 2048**3)))
         rates.append(
