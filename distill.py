@@ -54,7 +54,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 
 # what runs, read before the slow imports: the file may be edited while it runs
 SOURCE = Path(__file__).read_text("utf-8")
@@ -2586,7 +2586,8 @@ class ContentPickler(Pickler):
 def contents(value, ignored):
     """Return what a function, class, module or code object consists of, for `hash_of`.
 
-    A function that a script has put into a library's class counts, too.
+    Of what belongs to a library this is its name and, of a class, the functions of the user's own
+    that a script has put into it.
     """
     if isinstance(value, CodeType):
         # Python 3.13 marks docstrings; before, the first constant of a function is one, or None
@@ -2595,14 +2596,7 @@ def contents(value, ignored):
         arguments = value.co_varnames, value.co_argcount, value.co_kwonlyargcount
         code = value.co_code, value.co_names, value.co_exceptiontable
         return code, arguments, value.co_consts[1:] if has_docstring else value.co_consts
-
-    module_name = value.__name__ if isinstance(value, ModuleType) else value.__module__
-    file = getattr(sys.modules.get(module_name), "__file__", "")
-    is_own = module_name in ("__main__", None) or is_own_file(file)
-    name = module_name, getattr(value, "__qualname__", "")
-    if not is_own and not isinstance(value, type):
-        return name
-    if isinstance(value, FunctionType):
+    if isinstance(value, FunctionType) and is_own(value):
         module = value.__globals__
         names = global_names(value.__code__) & module.keys() - ignored
         used = {name: module[name] for name in names if not name.startswith("__")}
@@ -2611,10 +2605,17 @@ def contents(value, ignored):
 
     members = {}
     for key, member in vars(value).items():
-        is_public = is_own and not key.startswith("_")  # transformers notes things on our classes
-        if is_public or isinstance(member, FunctionType | BuiltinFunctionType):
+        is_public = is_own(value) and not key.startswith("_")  # others: notes of transformers
+        if is_public or (isinstance(member, FunctionType) and is_own(member)):
             members[key] = member
+    name = getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__)
     return name, getattr(value, "__bases__", ()), members
+
+
+def is_own(value):
+    """Whether a function, class or module is the user's own: of no installed package."""
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    return name in ("__main__", None) or is_own_file(getattr(sys.modules.get(name), "__file__", ""))
 
 
 def global_names(code):
