@@ -13,14 +13,13 @@ Writes  OUTPUT: the student, its tokenizer, a model card, report.json, predictio
         CACHE: the teacher's logits and the last checkpoint, from which the same command resumes a
         run that was stopped. CACHE can be deleted at any time.
 
-Map     Settings · The run · Teacher · Student · Loss and trainer · Training · Report
-            the whole method, in the order in which it runs
-        Report files · Models and tokenizers · Data files · Labels · Token ids and batches ·
+Map     The whole method, in the order in which it runs: Settings · The run · Teacher · Student ·
+        Loss and trainer · Training · Report
+        What it rests on: Report files · Models and tokenizers · Data files · Labels · Batches ·
         Teacher cache · Trainer and checkpoints · Fast BERT · Copying layers · Word vectors
-            supporting code
-        Options: making a teacher · a teacher that ran elsewhere · less or more text · other
-        students · other methods · what distillation was worth · a cascade · export · calling from
-        Python; each section begins with the settings that only it reads
+        Options, each with the settings that only it reads: a teacher to be made · a teacher that
+        ran elsewhere · less or more text · other students · other methods · what distillation was
+        worth · a cascade · export · from Python
         Settings: checks and command line · Errors · Files and locks · Processes · Main
 """
 
@@ -129,10 +128,7 @@ REPORT_TO = "none"  # "tensorboard", "wandb" or another tracker that transformer
 
 
 def run():
-    """Distil the teacher into a student according to the settings, save it and print a comparison.
-
-    Return the report, a dict (see README.md); None in every process but the first.
-    """
+    """Distil, save and report; return the report, but None in every process except the first."""
     stage_seconds = {}
 
     with timed_stage("data", stage_seconds):
@@ -163,9 +159,8 @@ def run():
         student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
         # the copied layer expects words in context: refit the word vectors to resemble them
         refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)
-        if student_tokenizer is not tokenizer:  # the teacher needs its token ids no longer
-            data = use_student_ids(data)
-            collate_fn = make_collate_fn(student_tokenizer)
+        data = use_student_ids(data)  # the teacher needs its own no longer
+        collate_fn = make_collate_fn(student_tokenizer)
         log_student(student, teacher)
         untrained = copy.deepcopy(student) if BASELINE else None
         trainer = make_trainer(student, data, collate_fn, METHODS[METHOD])
@@ -206,8 +201,7 @@ def add_soft_labels(data, teacher, collate_fn):
         teacher_seconds  this text's share of the time that the teacher took for its batch
 
     The teacher runs once per distinct text. Texts are identified by the column "key", a hash of
-    their token ids; those in the cache, from any earlier run of this teacher, are skipped. With
-    SOFT_LABELS_COLUMN it does not run at all.
+    their token ids; those in the cache, from any earlier run of this teacher, are skipped.
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
@@ -240,16 +234,6 @@ def add_soft_labels(data, teacher, collate_fn):
     return {split: map_to_cache(rows, new_columns) for split, rows in data.items()}
 
 
-@torch.inference_mode()
-def timed_logits(model, loader):
-    """Run `model` over `loader`; yield (logits (batch, classes), seconds) for each batch."""
-    model.eval()
-    for batch in loader:
-        start = time.perf_counter()
-        logits = model(**model_inputs(batch)).logits
-        yield logits, time.perf_counter() - start
-
-
 # ── Student ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -275,10 +259,7 @@ def build_student(teacher, tokenizer=None, teacher_tokenizer=None):
 
 
 def soften(teacher_logits):
-    """Return the soft labels, softmax(z_T / T), (texts, classes).
-
-    T is TEMPERATURE, but 1 for "rail", "mate" and "cilda", as in their papers.
-    """
+    """Return the soft labels softmax(z_T / T), (texts, classes); T = 1 for methods without a T."""
     temperature = TEMPERATURE if METHODS[METHOD].softens else 1
     return F.softmax(teacher_logits.double() / temperature, -1).float()
 
@@ -381,12 +362,11 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
                     break
                 epoch_record = train_epoch(trainer, len(checkpoint["history"]) + 1)
                 is_best = record_epoch(trainer, epoch_record)
+                weights = trainer.model.state_dict()
                 checkpoint = {  # a new dict: Ctrl-C must not leave it half-updated
                     "run_id": run_id,
                     "history": [*checkpoint["history"], epoch_record],
-                    "best": copy.deepcopy(trainer.model.state_dict())
-                    if is_best
-                    else checkpoint["best"],
+                    "best": copy.deepcopy(weights) if is_best else checkpoint["best"],
                     **training_state(trainer),  # state of the model, optimizer and schedule
                 }
                 if rank() == 0:
@@ -498,10 +478,8 @@ def predict(trainer, rows):
     logits, seconds = torch.empty_like(teacher_logits), torch.empty(len(rows))
     loader = trainer.get_test_dataloader(rows)
     next(timed_logits(trainer.model, loader))  # warm-up
-    answers = timed_logits(trainer.model, loader)
-    for row_numbers, (batch_logits, batch_seconds) in zip(
-        loader.batch_sampler, answers, strict=True
-    ):
+    answers = zip(loader.batch_sampler, timed_logits(trainer.model, loader), strict=True)
+    for row_numbers, (batch_logits, batch_seconds) in answers:
         logits[row_numbers] = batch_logits
         seconds[row_numbers] = batch_seconds / len(row_numbers)
     teacher_seconds = torch.tensor(column_array(rows, "teacher_seconds"))
@@ -523,8 +501,6 @@ def evaluate(predictions, label_names):
     for role in "teacher", "student":
         splits = {split: compute_metrics(outputs, role) for split, outputs in predictions.items()}
         results[role] = {"splits": splits, **evaluate_labels(test, role, label_names)}
-    predicted = test["logits"]["student"].argmax(-1)
-    warn_if_one_label("student", "test", predicted, test["labels"], label_names)
     return results
 
 
@@ -666,9 +642,9 @@ def make_report(student, history, results, run_info, folder):
         "settings": {name: without_folders(globals()[name]) for name in ACCEPTED},
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "datasets": datasets.__version__,
+            **{
+                library.__name__: library.__version__ for library in (torch, transformers, datasets)
+            },
         },
         "hardware": hardware(),
         "cascade": results["cascade"],
@@ -743,6 +719,7 @@ def evaluate_labels(outputs, role, label_names):
     zeros. outputs: what `predict` returns.
     """
     predicted = outputs["logits"][role].argmax(-1)
+    warn_if_one_label(role, "test", predicted, outputs["labels"], label_names)
     matrix = confusion_matrix(outputs["labels"], predicted, len(label_names))
     confusion = defaultdict(dict)
     for label, answer in matrix.nonzero().tolist():
@@ -1351,14 +1328,13 @@ def find_parts(setting, kinds):
         path = Path(__file__).resolve().parent / name
     if path.is_file():
         return {"the set": path}
-    files = data_files(path, kinds)
+    # in a subfolder, as the hub lays out its folders
+    files = data_files(path, kinds) or data_files(path / "data", kinds)
     is_saved = files and files.keys() <= {"state.json", "dataset_dict.json", "dataset_info.json"}
-    read_folder = []
-    if not files:  # as the hub lays out its folders
-        read_folder = ["data"]
-        files = data_files(path / "data", kinds)
     if files and not is_saved:
-        log_unread(name, os.listdir(path), [*files, *read_folder])
+        log_unread(
+            name, os.listdir(path), [file.relative_to(path).parts[0] for file in files.values()]
+        )
         return files
 
     accepted = (
@@ -2037,7 +2013,7 @@ def match_labels(splits, names):
     return outputs
 
 
-# ── Token ids and batches ─────────────────────────────────────────────────────────────────────────
+# ── Batches: token ids, padding, order ────────────────────────────────────────────────────────────
 
 MAX_CHARACTERS = 30_000  # of a text that are read: far more than any MAX_LENGTH tokens have
 MAX_UNKNOWN_SHARE = 0.03  # of a split's tokens; a vocabulary that fits the texts knows nearly all
@@ -2319,6 +2295,16 @@ def inference_loader(rows, collate_fn, select_batches=list):
     return DataLoader(rows, batch_sampler=select_batches(batches), collate_fn=collate_fn)
 
 
+@torch.inference_mode()
+def timed_logits(model, loader):
+    """Run `model` over `loader`; yield (logits (batch, classes), seconds) for each batch."""
+    model.eval()
+    for batch in loader:
+        start = time.perf_counter()
+        logits = model(**model_inputs(batch)).logits
+        yield logits, time.perf_counter() - start
+
+
 def length_grouped_order(lengths, batch_size, seed):
     """Return the row numbers of one epoch: batches of similar length, in random order.
 
@@ -2557,7 +2543,7 @@ def hash_of(*values, ignored=()):
         pickler.dump(values)
         for value in pickler.found:  # it grows: what they use follows them
             pickler.clear_memo()
-            pickler.dump(contents(value, ignored))
+            pickler.dump(content_of(value, ignored))
     except Exception as error:
         note(f"a stopped run cannot be resumed: what it depends on has no hash ({error})")
         return os.urandom(8).hex()
@@ -2565,7 +2551,7 @@ def hash_of(*values, ignored=()):
 
 
 class ContentPickler(Pickler):
-    """The pickler by which datasets hashes functions, with a number for whatever has `contents`.
+    """The pickler by which datasets hashes functions, with a number for whatever has `content_of`.
 
     found: these objects, numbered from 0. numbers: {id of an object: its number}.
     """
@@ -2583,7 +2569,7 @@ class ContentPickler(Pickler):
         return self.numbers[id(value)]
 
 
-def contents(value, ignored):
+def content_of(value, ignored):
     """Return what a function, class, module or code object consists of, for `hash_of`.
 
     Of what belongs to a library this is its name and, of a class, the functions of the user's own
@@ -3437,16 +3423,16 @@ def load_student_tokenizer(tokenizer, data):
 
 
 def use_student_ids(data):
-    """Return the splits with the ids of the student's tokenizer in place of the teacher's."""
+    """Return the splits with the ids of the student's tokenizer, if it has one of its own."""
     new_data = {}
     for split, rows in data.items():
-        new_names = {}
-        for name in rows.column_names:
-            if name.startswith("student_"):
-                new_names[name] = name.removeprefix("student_")
+        own_names = [name for name in rows.column_names if name.startswith("student_")]
+        new_names = {name: name.removeprefix("student_") for name in own_names}
         # token types go with the teacher's ids, even if the student's tokenizer makes none
         old_names = {*new_names.values(), "token_type_ids"} & {*rows.column_names}
-        new_data[split] = rows.remove_columns([*old_names]).rename_columns(new_names)
+        if new_names:
+            rows = rows.remove_columns([*old_names]).rename_columns(new_names)
+        new_data[split] = rows
     return new_data
 
 
@@ -5365,7 +5351,7 @@ def shares_of_steps(n_texts, batch_size):
 
 
 def check_same_in_all_processes(contents):
-    """Raise Problem if a value of the dict `contents` differs between processes, by `digest`."""
+    """Raise Problem if a value of the dict `content_of` differs between processes, by `digest`."""
     if world_size() == 1:
         return
     digests = gather_object([[*map(digest, contents.values())]])

@@ -244,13 +244,13 @@ def in_child(function):
 
 def stand_in(monkeypatch, name, function):
     """Replace a function of distill as if the file had defined it: run ids stay the same."""
-    stock, of_contents = getattr(distill, name), distill.contents
+    stock, stock_content = getattr(distill, name), distill.content_of
 
-    def contents(value, ignored):
-        replaced = {id(function): stock, id(contents): of_contents}
-        return of_contents(replaced.get(id(value), value), ignored)
+    def content_of(value, ignored):
+        replaced = {id(function): stock, id(content_of): stock_content}
+        return stock_content(replaced.get(id(value), value), ignored)
 
-    monkeypatch.setattr(distill, "contents", contents)
+    monkeypatch.setattr(distill, "content_of", content_of)
     monkeypatch.setattr(distill, name, function)
 
 

@@ -1,7 +1,6 @@
 """Loss and trainer: values worked out by hand, and the loaders."""
 
 import math
-import types
 
 import pytest
 import torch
@@ -30,10 +29,7 @@ def test_distillation_loss_by_hand(settings):
         settings.setattr(distill, "ALPHA", alpha)
         value = distill.distillation_loss(logits, hard, soft).item()
         assert value == pytest.approx(alpha * 4 * kl + (1 - alpha) * cross_entropy, rel=1e-6)
-    outputs = types.SimpleNamespace(logits=logits)
-    hard_only = distill.HardLabelTrainer.compute_loss(
-        None, lambda **inputs: outputs, {"labels": hard}
-    )
+    hard_only = distill.HardLabelTrainer.batch_loss(None, logits, {"labels": hard})
     assert hard_only.item() == pytest.approx(cross_entropy)
 
 
