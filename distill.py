@@ -10,14 +10,14 @@ Reads   TEACHER, a fine-tuned BertForSequenceClassification, and DATA, labelled 
         sample teacher is first trained on sample data (and kept in CACHE).
 Writes  OUTPUT: the student, its tokenizer, a model card, report.json, predictions.csv, history.csv,
         loss.png and cascade.png.
-        CACHE: the teacher's logits and the last checkpoint, from which the same command resumes a
-        run that was stopped. CACHE can be deleted at any time.
+        CACHE: what later runs reuse, such as the teacher's logits, and the last checkpoint, from
+        which the same command resumes a run that was stopped. CACHE can be deleted at any time.
 
 Map     The whole method, in the order in which it runs: Settings · The run · Teacher · Student ·
         Loss and trainer · Training · Report
         What it rests on: Report files · Models and tokenizers · Data files · Labels · Batches ·
         Teacher cache · Trainer and checkpoints · Fast BERT · Copying layers · Word vectors
-        Options, each with the settings that only it reads: a teacher to be made · a teacher that
+        Options, each section with its settings: a teacher to be made · a teacher that
         ran elsewhere · less or more text · other students · other methods · what distillation was
         worth · a cascade · export · from Python
         Settings: checks and command line · Errors · Files and locks · Processes · Main
@@ -99,14 +99,14 @@ MAX_LENGTH = 128  # tokens; longer texts are truncated. A larger value does not 
 # Student
 STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
-STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model's folder
-INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (0, 11)
+STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model
+INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
 REFIT_WORDS = 2  # teacher layers that word vectors are fitted to; 0: they stay the teacher's
 DROPOUT = None  # in training ("bert" only); None: the teacher's. 0.0 was better on one data set
 # Loss
 METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
-ALPHA = 0.5  # weight of the soft labels (KL); the hard labels (CE) get 1 - ALPHA
-TEMPERATURE = 2.0  # softens both distributions; raise it for an overconfident teacher
+ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 1 - ALPHA
+TEMPERATURE = 2.0  # softens both sides in "kd"; raise it for an overconfident teacher
 # Training
 EPOCHS = 20  # at most; early stopping usually ends training sooner
 PATIENCE = 3  # epochs without a lower validation loss before training stops
@@ -119,7 +119,7 @@ MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
 SEED = 42  # the same seed gives the same student on the same machine
 # Output
 OUTPUT = "./distilled_model"  # folder of the student; an earlier student in it is replaced
-CACHE = "./.distill_cache"  # folder of teacher logits and checkpoints
+CACHE = "./.distill_cache"  # folder of teacher logits, checkpoints and what else is reused
 EXPORT = None  # also write the student as "pt2" (torch.export), "onnx" or "onnx-int8"
 REPORT_TO = "none"  # "tensorboard", "wandb" or another tracker that transformers supports
 
@@ -132,13 +132,13 @@ def run():
     stage_seconds = {}
 
     with timed_stage("data", stage_seconds):
-        teacher_name, recipe = on_main_process(find_teacher)  # recipe: to make it; None: it exists
-        config, teacher_labels = load_teacher_config(teacher_name, recipe)
+        teacher_name, recipe = on_main_process(find_teacher)  # recipe None: not to be made
+        config, label_names = load_teacher_config(teacher_name, recipe)
         tokenizer_name = TOKENIZER or config.name_or_path
         tokenizer = on_main_process(lambda: load_tokenizer(tokenizer_name, config))
         preflight_checks(config, tokenizer)
-        data, label2id = load_data(teacher_labels)  # the data's labels where the teacher has none
-        data |= load_extra_texts(data["train"], tokenizer)  # splits of their own at first
+        data, label_names = load_data(label_names)  # the data's where the teacher has none yet
+        data |= load_extra_texts(data["train"], tokenizer)  # splits, appended to train below
         test_texts = data["test"]
         student_tokenizer = load_student_tokenizer(tokenizer, data)
         data = tokenize(data, tokenizer, student_tokenizer)
@@ -146,18 +146,18 @@ def run():
 
     if recipe:
         with timed_stage("making the teacher", stage_seconds):
-            make_teacher(teacher_name, recipe, config, tokenizer, label2id, data, collate_fn)
+            make_teacher(teacher_name, recipe, config, tokenizer, label_names, data, collate_fn)
 
     with timed_stage("soft labels", stage_seconds):
-        teacher, teacher_info = load_teacher(teacher_name, config, label2id)
+        teacher, teacher_info = load_teacher(teacher_name, config, label_names)
         n_labelled = len(data["train"])
         data = append_extra_texts(data)  # to train, after its labelled texts
         data = add_soft_labels(data, teacher, collate_fn)
-        check_teacher(data["train"], list(label2id))
+        check_teacher(data["train"], label_names)
 
     with timed_stage("student", stage_seconds):
         student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
-        # the copied layer expects words in context: refit the word vectors to resemble them
+        # the layer copied from a BERT expects words in context: word vectors are refitted to that
         refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)
         data = use_student_ids(data)  # the teacher needs its own no longer
         collate_fn = make_collate_fn(student_tokenizer)
@@ -178,14 +178,14 @@ def run():
 
     with timed_stage("evaluation", stage_seconds):
         predictions = {split: predict(trainer, rows) for split, rows in data.items()}
-        results = evaluate(predictions, label_names=list(label2id))
-        answers = answer_table(test_texts, predictions["test"], label_names=list(label2id))
+        results = evaluate(predictions, label_names)
+        answers = answer_table(test_texts, predictions["test"], label_names)
     run_info = {"teacher": teacher_info, "baseline": baseline, "seconds": stage_seconds}
     report = save_results(student, student_tokenizer, history, results, answers, run_info)
     print(format_report(report))
     if EXPORT:
         export(student, data["test"], collate_fn, report)
-    log_end(stage_seconds)
+    log_end(report)
     return report
 
 
@@ -201,7 +201,7 @@ def add_soft_labels(data, teacher, collate_fn):
         teacher_seconds  this text's share of the time that the teacher took for its batch
 
     The teacher runs once per distinct text. Texts are identified by the column "key", a hash of
-    their token ids; those in the cache, from any earlier run of this teacher, are skipped.
+    their token ids; those in this teacher's file in CACHE are skipped.
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
@@ -231,7 +231,7 @@ def add_soft_labels(data, teacher, collate_fn):
             "teacher_seconds": outputs["seconds"][position].numpy(),
         }
 
-    return {split: map_to_cache(rows, new_columns) for split, rows in data.items()}
+    return {split: map_on_disk(rows, new_columns) for split, rows in data.items()}
 
 
 # ── Student ───────────────────────────────────────────────────────────────────────────────────────
@@ -259,7 +259,7 @@ def build_student(teacher, tokenizer=None, teacher_tokenizer=None):
 
 
 def soften(teacher_logits):
-    """Return the soft labels softmax(z_T / T), (texts, classes); T = 1 for methods without a T."""
+    """Return the soft labels softmax(z_T / T), (texts, classes); T = 1 for methods without T."""
     temperature = TEMPERATURE if METHODS[METHOD].softens else 1
     return F.softmax(teacher_logits.double() / temperature, -1).float()
 
@@ -290,19 +290,20 @@ def combine_with_cross_entropy(soft_loss, logits, hard_labels):
 class CustomTrainer(Trainer):
     """A Trainer for METHOD "kd", and the base class of all other methods.
 
-    Its loaders keep soft_labels; the stock ones drop what is not an argument of the model. A new
-    method is a subclass that overrides batch_loss or compute_loss, or one of MethodTrainer, whose
-    loss is a weighted sum of terms; its only entry is that in METHODS.
+    Its loaders keep soft_labels; the stock ones drop what is not an argument of the model. To add
+    a method, override batch_loss or compute_loss, or subclass MethodTrainer, whose loss is a
+    weighted sum of terms; then add the class to METHODS.
     """
 
     families = None  # of teachers that it works with; None: all FAMILIES
+    learns_from = "probabilities"  # of the teacher; or "model": also its other outputs; or None
     terms = ()  # of the loss of a MethodTrainer
     softens = True  # False: the soft labels have T = 1, whatever TEMPERATURE is
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
-    run_id_parts = ()  # what training depends on besides constants, data and `extra_state`
+    run_id_parts = ()  # what training depends on besides settings, data, models and `extra_state`
 
     def set_up_method(self, teacher, tokenizer):
-        """Hook, called once before training: prepare what the method needs besides the student."""
+        """Hook of `run`, before training: prepare what the method needs besides the student."""
 
     def extra_state(self):
         """Hook: what a checkpoint must hold besides the student, {name: module or optimizer}."""
@@ -350,7 +351,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
     """
     n_epochs = int(trainer.args.num_train_epochs)
     run_id = training_run_id(trainer)
-    with only_used_embeddings(trainer):  # embedding rows of unused tokens are out of the way
+    with only_used_embeddings(trainer):  # AdamW would spend much of each step on unused rows
         checkpoint = start_or_resume(trainer, checkpoint_path, run_id)
         for epoch_record in checkpoint["history"]:  # replayed, to restore the early stopping
             record_epoch(trainer, epoch_record)
@@ -367,7 +368,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
                     "run_id": run_id,
                     "history": [*checkpoint["history"], epoch_record],
                     "best": copy.deepcopy(weights) if is_best else checkpoint["best"],
-                    **training_state(trainer),  # state of the model, optimizer and schedule
+                    **{name: part.state_dict() for name, part in training_parts(trainer).items()},
                 }
                 if rank() == 0:
                     save_with_checksum(checkpoint_path, checkpoint)
@@ -376,7 +377,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
                 raise
             log("training", "stopped by Ctrl-C: the best epoch so far is used; run again to resume")
 
-        trainer.model_wrapped = trainer.model
+        trainer.model_wrapped = trainer.model  # without DDP
         trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         trainer.model.load_state_dict(checkpoint["best"])
         return checkpoint["history"]
@@ -385,7 +386,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
 def train_epoch(trainer, epoch):
     """Train for one epoch and validate; return its history entry, a dict."""
     # Reseeding in every epoch makes a resumed run identical to one that was never stopped. Each
-    # process has its own seed, for its dropout.
+    # process has a seed of its own, for its dropout: rank() times a large prime.
     transformers.set_seed(SEED + epoch + 10_007 * rank())
     trainer.state.epoch = epoch
     start = time.perf_counter()
@@ -396,7 +397,7 @@ def train_epoch(trainer, epoch):
     loss_sum = 0.0
 
     batches = progress_bar(loader, desc=f"epoch {epoch}")
-    # of this process: its number of texts, and their weight, 1 if it is the only process
+    # n_texts: of this process; weight: 1 if there is no other process
     for batch, (n_texts, weight) in zip(batches, shares, strict=True):
         learning_rate = trainer.lr_scheduler.get_last_lr()[0]
 
@@ -414,7 +415,10 @@ def train_epoch(trainer, epoch):
     seconds = time.perf_counter() - start
 
     loss_sum, val_loss_sum, n_correct = sum_over_processes(loss_sum, *validate(trainer))
-    raise_if_not_finite(loss_sum + val_loss_sum, epoch, trainer.args.learning_rate)
+    if not math.isfinite(loss_sum + val_loss_sum):
+        raise Problem(
+            f"the loss of epoch {epoch} is not a number. Lower LEARNING_RATE = {LEARNING_RATE}."
+        )
     n_val_texts = len(trainer.eval_dataset)
     return {
         "epoch": epoch,
@@ -438,7 +442,7 @@ def validate(trainer):
         labels = batch.get("labels")
         if labels is not None and labels.dim() == 1:
             n_correct += (outputs.logits.argmax(-1) == labels).sum().item()
-        else:  # only when `distill` is called from Python: no labels, or one for each token
+        else:  # only in distill(): no labels, or one for each token
             n_correct = math.nan
     return loss_sum, n_correct
 
@@ -446,9 +450,8 @@ def validate(trainer):
 def record_epoch(trainer, epoch_record):
     """Report an epoch to the callbacks and print it; return whether it is the best so far.
 
-    EarlyStoppingCallback compares the loss with state.best_metric but does not update it. That must
-    be done here, after on_evaluate: if it were done before, no epoch would count as better; if it
-    were not done, every epoch would, and training would never stop early.
+    EarlyStoppingCallback compares the loss with state.best_metric but never updates it. We do,
+    after on_evaluate: before it, no epoch would count as better; never, every epoch would.
     """
     metrics = {name.replace("val_", "eval_"): value for name, value in epoch_record.items()}
     trainer.state.epoch = epoch_record["epoch"]
@@ -468,11 +471,11 @@ def record_epoch(trainer, epoch_record):
 
 
 def predict(trainer, rows):
-    """Return what both models answer to `rows`, a dict of tensors with one value per text.
+    """Return both models' answers to `rows`, a dict.
 
-    labels, (texts,); and for "teacher" and "student" each: logits, (texts, classes), and seconds,
-    (texts,), each text's share of the time for its batch. The student runs once over the rows. The
-    teacher does not: its outputs are in the data.
+    labels, (texts,); logits, {role: (texts, classes)}, for the roles "teacher" and "student"; and
+    seconds, {role: (texts,)}, each text's share of the time for its batch. The student runs once
+    over the rows. The teacher does not: its outputs are in the data.
     """
     teacher_logits = torch.tensor(column_array(rows, "teacher_logits"), dtype=torch.float32)
     logits, seconds = torch.empty_like(teacher_logits), torch.empty(len(rows))
@@ -505,33 +508,23 @@ def evaluate(predictions, label_names):
 
 
 def save_results(student, tokenizer, history, results, answers, run_info):
-    """Write OUTPUT, all of it or nothing, and return the report; for the arguments see `run`."""
+    """Write OUTPUT, all or nothing, and return the report; for the arguments see `run`."""
     with replaced(OUTPUT) as folder:
         save_model(student, tokenizer, folder)
         report = make_report(student, history, results, run_info, folder)
-        write_report(report, folder)
         write_model_card(report, splits_words(tokenizer), folder)
         pandas.DataFrame(history).to_csv(folder / "history.csv", index=False)
         write_answers(answers, folder)
         plot_losses(history, report["best_epoch"], folder)
         plot_cascade(report, folder)
+        write_report(report, folder)
     return report
 
 
-# ──────────────────── Nothing below is needed to understand the method. ────────────────────
+# ───────── That is the method. Below: what it rests on (begin with Word vectors), options ─────────
 
 
 # ── Report files: console, table, plot, model card ────────────────────────────────────────────────
-
-# the files that distill.py adds to a saved model and its tokenizer
-REPORT_FILES = (
-    "README.md",
-    "cascade.png",
-    "history.csv",
-    "loss.png",
-    "predictions.csv",
-    "report.json",
-)
 
 MODEL_CARD = """---
 {language}pipeline_tag: text-classification
@@ -604,10 +597,10 @@ def log_student(student, teacher):
     )
 
 
-def log_end(stage_seconds):
-    stages = [f"{stage} {seconds:.1f}" for stage, seconds in stage_seconds.items()]
+def log_end(report):
+    stages = [f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items()]
     log("seconds", ", ".join(stages))
-    log("saved", f"{OUTPUT}: the student and {', '.join(REPORT_FILES)}")
+    log("saved", f"{OUTPUT}: {', '.join(report['files'])}")
 
 
 def print_epoch(epoch_record, is_best):
@@ -648,7 +641,6 @@ def make_report(student, history, results, run_info, folder):
         },
         "hardware": hardware(),
         "cascade": results["cascade"],
-        "files": sorted({*os.listdir(folder), *REPORT_FILES}),
     }
     if run_info["baseline"]:
         report["baseline"] = run_info["baseline"]
@@ -874,6 +866,7 @@ def write_model_card(report, is_japanese, folder):
 
 
 def write_report(report, folder):
+    report["files"] = sorted({*os.listdir(folder), "report.json"})
     text = json.dumps(report, indent=2, ensure_ascii=False)
     (folder / "report.json").write_text(f"{text}\n", "utf-8")
 
@@ -892,7 +885,7 @@ def classifier_class(config):
 
 
 def load_teacher_config(teacher_name, recipe):
-    """Return (config, label2id) of the teacher.
+    """Return (config, label names by output) of the teacher.
 
     If it is still to be made, or there is none: the config of the model to start from, and None.
     """
@@ -902,7 +895,7 @@ def load_teacher_config(teacher_name, recipe):
     elif teacher_name is None:
         name, setting = STUDENT_INIT, "STUDENT_INIT"
     config = on_main_process(lambda: load_config(name, setting))
-    return config, config.label2id if setting == "TEACHER" else None
+    return config, [*config.label2id] if setting == "TEACHER" else None
 
 
 def load_config(name, setting="TEACHER"):
@@ -1132,13 +1125,13 @@ def preflight_checks(config, tokenizer):
     if (rewrites or AUGMENT) and tokenizer.mask_token_id is None:
         raise Problem(
             f"METHOD = {METHOD!r}, AUGMENT = {AUGMENT}: the teacher's tokenizer has no mask token, "
-            'which AUGMENT and "mate", "cilda" and "cilda+minild" need.'
+            "which AUGMENT and methods that rewrite texts need. Choose others."
         )
     if rewrites and GENERATOR is not None:
         load_generator(tokenizer)
 
 
-def load_teacher(name, config, label2id):
+def load_teacher(name, config, label_names):
     """Return the frozen teacher and what the report says of it: {name, parameters, bytes}.
 
     With SOFT_LABELS_COLUMN the model only gives the student its start: it is TEACHER or, where
@@ -1146,7 +1139,7 @@ def load_teacher(name, config, label2id):
     elsewhere nothing is known.
     """
     if name is None:
-        set_labels(config, label2id)
+        set_labels(config, label_names)
     model = on_main_process(lambda: load_model(name) if name else load_student_init(config))
     if SOFT_LABELS_COLUMN:
         name = f"the probabilities in the column {SOFT_LABELS_COLUMN}"
@@ -1275,16 +1268,16 @@ NO_LABEL = -100  # hard label of a text that only the teacher has labelled
 ROWS_PER_PART = 10_000  # rows that are in memory at once
 
 
-def load_data(label2id=None):
-    """Return ({"train", "val", "test"}: texts and `labels`, label2id); Problem for faulty data.
+def load_data(label_names=None):
+    """Return ({"train", "val", "test"}: texts and `labels`, label names); Problem for faulty data.
 
-    label2id: of the teacher; None if it is still to be made: then the labels of the data count.
+    label_names: the teacher's, by output; None if it is still to be made: then the data's count.
     `labels` are numbers of the teacher's outputs.
     """
-    splits = read_splits(known_labels=set(label2id or ()))
+    splits = read_splits(known_labels=set(label_names or ()))
 
     # what the labels mean, decided over all splits
-    names = sorted(label2id, key=label2id.get) if label2id else new_label_names(splits)
+    names = label_names or new_label_names(splits)
     outputs = match_labels(splits, names)
     for split, rows in splits.items():
         splits[split] = validate_rows(rows, split, outputs, names)
@@ -1296,7 +1289,7 @@ def load_data(label2id=None):
     log_label_counts(splits, names)
     if SOFT_LABELS_COLUMN:
         log("data", f"in {SOFT_LABELS_COLUMN}, the labels have this order: {', '.join(names)}")
-    return splits, {name: number for number, name in enumerate(names)}
+    return splits, names
 
 
 def read_splits(known_labels):
@@ -1628,16 +1621,12 @@ def write_rows(schema, batches):
 
 
 def text_batches(rows, header):
-    """Return (schema, Arrow batches) of rows, {column: string or None}."""
+    """Return (schema, Arrow batches) of an iterator of rows, {column: string or None}."""
     # which of two columns with one name is meant is not certain
     names = [name for name in header if header.count(name) == 1]
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-
-    def batches():
-        while part := list(itertools.islice(rows, 1000)):
-            yield pyarrow.RecordBatch.from_pylist(part, schema)
-
-    return schema, batches()
+    parts = iter(lambda: [*itertools.islice(rows, 1000)], [])
+    return schema, (pyarrow.RecordBatch.from_pylist(part, schema) for part in parts)
 
 
 def parquet_batches(path, columns):
@@ -1870,10 +1859,11 @@ def refuse_faulty_rows(setting, name, faults):
 
     name: that of the split or file whose rows they are.
     """
-    lines = []
-    for fault, rows in faults.items():
-        if rows:
-            lines.append(f"{name}: {fault} in {len(rows):,} rows: {short_list(rows)}")
+    lines = [
+        f"{name}: {fault} in {len(rows):,} rows: {short_list(rows)}"
+        for fault, rows in faults.items()
+        if rows
+    ]
     if lines:
         hint = f"{setting} = {globals()[setting]!r}: correct these rows, which are counted from 1."
         if setting == "DATA":
@@ -1944,10 +1934,7 @@ def look_up_labels(labels, names):
         by_key = {}
     if by_key.keys() == {"true", "false"}:
         by_key |= {"1": by_key["true"], "0": by_key["false"]}
-    positions = {}
-    for label in labels:
-        positions[label] = exact.get(label, by_key.get(label_key(label), NO_LABEL))
-    return positions
+    return {label: exact.get(label, by_key.get(label_key(label), NO_LABEL)) for label in labels}
 
 
 def written_labels(splits):
@@ -2037,7 +2024,7 @@ def tokenize(data, tokenizer, student_tokenizer=None):
         tokenizers["student_"] = student_tokenizer
     for split, rows in data.items():
         n_workers = min(len(rows) // TEXTS_PER_PROCESS, os.cpu_count() // world_size())
-        data[split] = map_to_cache(
+        data[split] = map_on_disk(
             rows,
             encode_batch,
             remove_columns=text_columns(),
@@ -2222,8 +2209,8 @@ def limit_characters(text):
     return text
 
 
-def map_to_cache(rows, function, **options):
-    """Dataset.map into a new file in CACHE: it never reuses a result, and writes nowhere else."""
+def map_on_disk(rows, function, **options):
+    """Dataset.map into a new file in `scratch_folder`: nothing is reused, or written elsewhere."""
     shows_progress = len(rows) >= TEXTS_PER_PROCESS and sys.stderr.isatty() and rank() == 0
     if shows_progress:
         datasets.enable_progress_bars()
@@ -2436,8 +2423,8 @@ def warn_if_timed_on_other_hardware(outputs, path):
     """Note if some of the teacher's times were measured on other hardware than this."""
     if (outputs["machine"] != machine_number()).any():
         note(
-            "the teacher's seconds are from a run with another processor or number of threads, "
-            f"those of the student from this one; to compare them, delete {path}"
+            "some of the teacher's seconds are from a run with another processor or number of "
+            f"threads, those of the student from this one; to compare them, delete {path}"
         )
 
 
@@ -2451,7 +2438,6 @@ NOT_IN_RUN_ID = {
     "ASK_TEACHER",
     "SAVE_SECONDS",
     "MODEL_CARD",
-    "REPORT_FILES",
     "CACHE_MARK",
     "SOURCE",
     "COMMAND_LINE_SETTINGS",
@@ -2647,7 +2633,7 @@ def start_or_resume(trainer, checkpoint_path, run_id):
     """Make optimizer and schedule and load the checkpoint of this run, if there is one; return it.
 
     A checkpoint is a dict: run_id, history and, after the first epoch, best (weights) and the
-    `training_state`.
+    states of the `training_parts`.
     """
     args = trainer.args
     n_steps = int(args.num_train_epochs) * len(trainer.get_train_dataloader())
@@ -2683,15 +2669,6 @@ def start_or_resume(trainer, checkpoint_path, run_id):
     return checkpoint
 
 
-def raise_if_not_finite(loss, epoch, learning_rate):
-    """Raise Problem if a loss is infinite or NaN."""
-    if not math.isfinite(loss):
-        raise Problem(
-            f"the loss is not a number any more in epoch {epoch}. Lower LEARNING_RATE (now "
-            f"{learning_rate}). What was saved before is still there."
-        )
-
-
 def training_parts(trainer):
     """Return what changes in training: {name: module, optimizer or schedule}."""
     return {
@@ -2700,10 +2677,6 @@ def training_parts(trainer):
         "scheduler": trainer.lr_scheduler,
         **trainer.extra_state(),
     }
-
-
-def training_state(trainer):
-    return {name: part.state_dict() for name, part in training_parts(trainer).items()}
 
 
 # ── Fast BERT: the same results in less time ──────────────────────────────────────────────────────
@@ -2880,7 +2853,7 @@ class ClsAttention(torch.autograd.Function):
 def only_used_embeddings(trainer):
     """Return `used_embedding_rows` for what a trainer trains on, if it needs no other rows."""
     model = trainer.model
-    is_ours = isinstance(model, BertForSequenceClassification | BiLSTM)
+    is_ours = isinstance(model, (BertForSequenceClassification, *OWN_CLASSES.values()))
     if not is_ours or trainer.needs_all_embeddings:  # others may use their embeddings elsewhere
         return contextlib.nullcontext()
     return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
@@ -3130,9 +3103,9 @@ def teacher_of_student(folder):
     return os.path.join(CACHE, "sample_teacher") if is_sample and not has_teacher() else TEACHER
 
 
-def make_teacher(name, recipe, config, tokenizer, label2id, data, collate_fn):
+def make_teacher(name, recipe, config, tokenizer, label_names, data, collate_fn):
     """Fine-tune a base model on the hard labels, with the epoch loop of the student; save it."""
-    set_labels(config, label2id)
+    set_labels(config, label_names)
     transformers.set_seed(SEED)
     is_sample = TEACHER_BASE is None
     if is_sample:  # its base is a configuration without weights
@@ -3172,7 +3145,7 @@ def parse_soft_labels(rows, n_classes):
 
     features = datasets.Features(rows.features)
     features["teacher_probabilities"] = datasets.List(datasets.Value("float64"))
-    rows = map_to_cache(rows, parse, features=features)
+    rows = map_on_disk(rows, parse, features=features)
     is_faulty = rows.data.column("teacher_probabilities").is_null().to_numpy()
     fault = f"{SOFT_LABELS_COLUMN} is not a list of {n_classes} probabilities that add up to 1"
     return rows, {fault: (np.flatnonzero(is_faulty) + 1).tolist()}
@@ -3212,7 +3185,7 @@ def add_given_soft_labels(data):
         }
 
     log("teacher", f"its probabilities are read from the column {SOFT_LABELS_COLUMN}")
-    return {split: map_to_cache(rows, new_columns) for split, rows in data.items()}
+    return {split: map_on_disk(rows, new_columns) for split, rows in data.items()}
 
 
 # ── Option: less or more text ─────────────────────────────────────────────────────────────────────
@@ -3232,7 +3205,7 @@ def load_extra_texts(train_rows, tokenizer):
         n_classes = len(train_rows[0]["teacher_probabilities"]) if SOFT_LABELS_COLUMN else None
         extra["unlabeled"] = read_unlabeled(n_classes)
     if AUGMENT:
-        copies = map_to_cache(
+        copies = map_on_disk(
             train_rows,
             augment,
             with_indices=True,
@@ -3348,7 +3321,7 @@ def fill_masks(rows):
                     words[words.index(None)] = token.removeprefix("##")
         return batch
 
-    return map_to_cache(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
+    return map_on_disk(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
 
 
 def append_extra_texts(data):
@@ -3591,8 +3564,11 @@ def word_vectors(teacher, tokenizer, teacher_tokenizer):
     return torch.stack(vectors)
 
 
-# STUDENT → a function of the teacher, the student's tokenizer and the teacher's
+# STUDENT → a function of the teacher, the student's tokenizer and the teacher's. A student is a
+# PreTrainedModel with get_input_embeddings, set_input_embeddings, and a forward from input_ids and
+# attention_mask to an output with logits.
 STUDENTS = {"bert": build_student, "bilstm": build_bilstm}
+OWN_CLASSES = {"BiLSTM": BiLSTM}  # classes of students that transformers does not have
 
 
 def student_learning_rate():
@@ -3618,12 +3594,16 @@ WARM_START_LEARNING_RATE = 5e-4
 class HardLabelTrainer(CustomTrainer):
     """The loss is CE alone: METHOD "none", and the fine-tuning of a teacher."""
 
+    learns_from = None
+
     def batch_loss(self, logits, batch):
         return F.cross_entropy(logits, batch["labels"], reduction="none").mean()
 
 
 class LogitTrainer(CustomTrainer):
     """METHOD "mse": ALPHA * mean((z_S - z_T)²) + (1 - ALPHA) * CE (arXiv:1903.12136)."""
+
+    learns_from = "model"
 
     def batch_loss(self, logits, batch):
         squares = F.mse_loss(logits, batch["teacher_logits"], reduction="none").mean(-1)
@@ -3635,16 +3615,18 @@ class MethodTrainer(CustomTrainer):
 
     CE    cross-entropy with the hard labels
     KL    from the teacher's probabilities to the student's, at T = 1
-    RAIL, CRD, or another layer_term: `layer_loss` of the states of the layers
+    RAIL, CRD, or another layer_term: layer_loss(teacher, student) of a subclass, of the layers,
+          each side flattened and projected to (batch, PROJECTION_SIZE)
     ′     the same of rewritten texts. A masked-language model, GENERATOR or one made of the
           teacher, rewrites masked tokens. Every STUDENT_STEPS it is trained for GENERATOR_STEPS to
           rewrite them so that the student errs and, if the layer_term is CRD, the layers are hard
           to tell apart.
 
-    In evaluation the loss has CE and KL only, as they need nothing but the text.
+    Terms begin with CE and KL. In evaluation the loss has these only: they need just the text.
     """
 
     families = "bert", "roberta", "bart"
+    learns_from = "model"
     softens = False
     paper_weights = ()  # of the terms, unless LOSS_WEIGHTS is set
     layer_term = None
@@ -3675,20 +3657,17 @@ class MethodTrainer(CustomTrainer):
         )
         if self.layer_term in self.terms:  # on the texts themselves the teacher never changes
             self.train_dataset = self.with_teacher_layers(self.train_dataset)
-        self.checkpointed = {"projections": self.projections}
         if self.rewrites:
             self.generator = load_generator(tokenizer)[0] if GENERATOR else make_generator(self)
             self.adversary = torch.nn.ModuleList([self.generator, self.projections])
             self.generator_optimizer = torch.optim.AdamW(
                 self.adversary.parameters(), GENERATOR_LEARNING_RATE, fused=True
             )
-            self.checkpointed = {
-                "adversary": self.adversary,
-                "generator_optimizer": self.generator_optimizer,
-            }
 
     def extra_state(self):
-        return self.checkpointed
+        if not self.rewrites:
+            return {"projections": self.projections}
+        return {"adversary": self.adversary, "generator_optimizer": self.generator_optimizer}
 
     def teacher_layers(self):
         """Return the numbers of the teacher's layers to compare with those of the student."""
@@ -3764,7 +3743,7 @@ class MethodTrainer(CustomTrainer):
                 return {"teacher_layers": layers.numpy()}
 
             columns = [*{"input_ids", "token_type_ids"} & {*rows.column_names}]
-            new_rows = map_to_cache(
+            new_rows = map_on_disk(
                 rows.select_columns(columns), pooled_layers, batch_size=64, remove_columns=columns
             )
             os.replace(new_rows.cache_files[0]["filename"], path)
@@ -4183,15 +4162,17 @@ def load_asked_teacher(name, threshold, folder, student, student_tokenizer):
     """Return (model, tokenizer, threshold) of the teacher in `name`, for `ask_teacher`.
 
     threshold: from 0 to 1; None: the one in the report of `folder`, the student's. Raise Problem if
-    the teacher has other labels.
+    it is that of a teacher who ran elsewhere, or if the teacher has other labels.
     """
-    if threshold is None:
-        threshold = saved_threshold(folder)
+    report = saved_report(folder)
+    if threshold is None and report.get("settings", {}).get("SOFT_LABELS_COLUMN") is None:
+        threshold = report.get("cascade", {}).get("threshold")
     is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if not is_number or not 0 <= threshold <= 1:
         raise Problem(
-            f"threshold (ASK_TEACHER) = {threshold!r}: must be a number from 0 to 1; without one "
-            '(ASK_TEACHER = "auto") it is taken from report.json.'
+            f"threshold (ASK_TEACHER) = {threshold!r}: must be a number from 0 to 1. Without one "
+            f'(ASK_TEACHER = "auto") it is taken from {folder}/report.json, if that has one and '
+            "the teacher's answers did not come from SOFT_LABELS_COLUMN."
         )
     name = normalize_path(os.fspath(name))
     config = load_config(name)
@@ -4204,22 +4185,6 @@ def load_asked_teacher(name, threshold, folder, student, student_tokenizer):
     max_length = min(student_tokenizer.model_max_length, max_tokens(config))
     tokenizer = load_tokenizer(TOKENIZER or name, config, max_length=max_length)
     return load_model(name, config=config), tokenizer, threshold
-
-
-def saved_threshold(folder):
-    """Return the threshold in the report of a student; Problem if it is of another teacher."""
-    report = saved_report(folder)
-    if "cascade" not in report:
-        raise Problem(
-            f"{folder!r}: its report.json holds no threshold of a cascade. Give one, from 0 to 1."
-        )
-    column = report["settings"].get("SOFT_LABELS_COLUMN")
-    if column is not None:
-        raise Problem(
-            f"{folder!r}: the threshold in its report.json is for the teacher of the column "
-            f"{column}, which ran elsewhere. Give one for this teacher, from 0 to 1."
-        )
-    return report["cascade"]["threshold"]
 
 
 def ask_teacher(answers, texts, model, tokenizer, threshold):
@@ -4238,11 +4203,7 @@ def ask_teacher(answers, texts, model, tokenizer, threshold):
 
 # ── Option: the student as a graph for other programs ─────────────────────────────────────────────
 
-EXPORT_FILES = {  # EXPORT → the file that must give the student's logits
-    "pt2": "student.pt2",
-    "onnx": "student.onnx",
-    "onnx-int8": "student.onnx",
-}
+EXPORTS = "pt2", "onnx", "onnx-int8"
 
 
 class ExportGraph(torch.nn.Module):
@@ -4280,10 +4241,9 @@ def export(student, rows, collate_fn, report):
         programs = {"eager": lambda inputs: graph(**inputs), **write(graph, options, folder)}
 
         figures = measure_programs(programs, rows, collate_fn, folder)
-        if not figures[EXPORT_FILES[EXPORT]]["difference"] <= 1e-4:  # NaN, too, is a fault
+        if not figures[[*programs][1]]["difference"] <= 1e-4:  # the graph; NaN, too, is a fault
             raise ValueError("its logits differ from the student's")
         report["export"] = figures
-        report["files"] = sorted(os.listdir(folder))
         write_report(report, folder)
 
 
@@ -4453,8 +4413,9 @@ def load_saved(folder):
     with as_problem(f"{folder!r}: no student can be loaded from it", "Name the OUTPUT of a run"):
         forbid_outside_paths(folder)
         saved_config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        model_class, options = BiLSTM, {"dtype": torch.float32}
-        if saved_config["architectures"][0] != "BiLSTM":
+        options = {"dtype": torch.float32}
+        model_class = OWN_CLASSES.get(saved_config["architectures"][0])
+        if model_class is None:
             options["config"] = load_config(folder, "OUTPUT")
             model_class = classifier_class(options["config"])
         model, info = model_class.from_pretrained(folder, output_loading_info=True, **options)
@@ -4586,7 +4547,7 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
     A second call with the same models, data, losses, collate_fn and settings returns the student of
     the first, and one that was stopped goes on. Functions and classes of the calling script or
     notebook count by their code and by the values that they use; those of other files of the user
-    by these files (`own_modules`).
+    by these files (`own_files`).
 
     EPOCHS, PATIENCE, LEARNING_RATE and so on are the constants of this file. Raise Problem for
     what does not fit.
@@ -4785,9 +4746,10 @@ def one_of(values):
 # settings → what they accept, as messages say it and `is_accepted` reads it: values, ranges of
 # numbers or keys of OTHER_RULES, with " or " between them
 SETTING_RULES = {
-    "TEACHER DATA TEXT_COLUMN LABEL_COLUMN STUDENT_INIT OUTPUT CACHE REPORT_TO": "a text",
-    "TEACHER_BASE TOKENIZER TEXT_PAIR_COLUMN SOFT_LABELS_COLUMN": "a text or None",
-    "UNLABELED GENERATOR": "a text or None",
+    "TEACHER DATA STUDENT_INIT OUTPUT CACHE": "a path",  # or the name of something in its place
+    "TEACHER_BASE TOKENIZER UNLABELED GENERATOR": "a path or None",
+    "TEXT_COLUMN LABEL_COLUMN REPORT_TO": "a text",
+    "TEXT_PAIR_COLUMN SOFT_LABELS_COLUMN": "a text or None",
     "TEACHER_EPOCHS EPOCHS PATIENCE BATCH_SIZE": "a whole number from 1",
     "GENERATOR_STEPS STUDENT_STEPS": "a whole number from 1",
     "NUM_LAYERS": "a whole number from 1 to 100",
@@ -4808,23 +4770,12 @@ SETTING_RULES = {
     "STUDENT": one_of(STUDENTS),
     "SCHEDULE": "'linear' or 'constant'",
     "BILSTM_WORDS": "'own' or 'teacher'",
-    "EXPORT": one_of([None, *EXPORT_FILES]),
+    "EXPORT": one_of([None, *EXPORTS]),
     "INIT_LAYERS": "'first' or 'middle' or 'last' or 'spread' or NUM_LAYERS numbers like (0, 11)",
 }
 ACCEPTED = {name: words for names, words in SETTING_RULES.items() for name in names.split()}
 
-# settings that may be paths
-PATH_SETTINGS = (
-    "TEACHER",
-    "TEACHER_BASE",
-    "TOKENIZER",
-    "DATA",
-    "STUDENT_INIT",
-    "OUTPUT",
-    "CACHE",
-    "UNLABELED",
-    "GENERATOR",
-)
+PATH_SETTINGS = [name for name, words in ACCEPTED.items() if words.startswith("a path")]
 COMMAND_LINE_SETTINGS = set()  # the settings that were given on the command line
 
 
@@ -4863,6 +4814,7 @@ def is_sequence(value, length, words):
 
 
 OTHER_RULES = {
+    "a path": is_name,
     "a text": is_name,
     "NUM_LAYERS numbers like (0, 11)": are_layers,
     "a weight for each term of METHOD, CE's and KL's not both 0": are_loss_weights,
@@ -4965,7 +4917,10 @@ def check_settings(locks):
         if not is_accepted(globals()[name], words)
     ]
     # if each is valid: do they go together?
-    refuse_faults(faults or [*folder_faults(folders_to_write(), locks), *option_faults()])
+    folders = ["CACHE", "OUTPUT"]
+    if TEACHER_BASE is not None and not os.path.exists(str(TEACHER)):  # it will be made
+        folders.append("TEACHER")
+    refuse_faults(faults or [*folder_faults(folders, locks), *option_faults()])
 
 
 def refuse_faults(faults):
@@ -4994,27 +4949,25 @@ def option_faults():
             f"= {LABEL_COLUMN!r}, SOFT_LABELS_COLUMN = {SOFT_LABELS_COLUMN!r}: must be different "
             "columns, and texts not in 'labels', which the script itself uses"
         )
-    if STUDENT == "bilstm" and STUDENT_INIT not in ("teacher", "random"):
-        yield f'STUDENT_INIT = {STUDENT_INIT!r}: of a "bilstm" it must be "teacher" or "random"'
+    if STUDENT != "bert" and STUDENT_INIT not in ("teacher", "random"):
+        yield f'STUDENT_INIT = {STUDENT_INIT!r}: of a {STUDENT!r} it must be "teacher" or "random"'
     packages = ("onnx", "onnxscript", "onnxruntime") if "onnx" in str(EXPORT) else ()
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         yield f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}"
     if GENERATOR and not AUGMENT and "KL′" not in METHODS[METHOD].terms:
-        yield (
-            f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or the METHOD "
-            '"mate", "cilda" or "cilda+minild"'
-        )
+        yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD that rewrites"
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
-    if METHOD == "none" and BASELINE:
-        yield "BASELINE = True: METHOD = 'none' is the baseline itself; choose one of the two"
-    if METHOD == "none" and (UNLABELED or AUGMENT):
-        yield "METHOD = 'none': does without the teacher, who alone can label UNLABELED and AUGMENT"
-    if SOFT_LABELS_COLUMN and METHOD not in ("kd", "none"):
+    if not METHODS[METHOD].learns_from and (BASELINE or UNLABELED or AUGMENT):
+        yield (
+            f"METHOD = {METHOD!r}: does without the teacher: it is the BASELINE itself, and cannot "
+            "learn from UNLABELED and AUGMENT, which only the teacher labels"
+        )
+    if SOFT_LABELS_COLUMN and METHODS[METHOD].learns_from == "model":
         yield (
             f"METHOD = {METHOD!r}: needs more of the teacher than the probabilities in "
-            'SOFT_LABELS_COLUMN; accepted are "kd" and "none"'
+            'SOFT_LABELS_COLUMN; "kd" and "none" do not'
         )
     if SOFT_LABELS_COLUMN and (AUGMENT or TEACHER_BASE):
         yield (
@@ -5056,16 +5009,10 @@ CACHE_MARK = """Signature: 8a477f597d28d172789f06886806bc55
 """
 
 
-def folders_to_write():
-    """Return the settings whose folders are written: CACHE, OUTPUT and a TEACHER to be made."""
-    is_made = TEACHER_BASE is not None and not os.path.exists(TEACHER)
-    return ["CACHE", "OUTPUT", *(["TEACHER"] if is_made else [])]
-
-
 def folder_faults(names, locks):
     """Return what is wrong with the folders to write to, a list. They, or their parents, are made.
 
-    names: settings, as `folders_to_write` returns them. locks: an ExitStack; until it ends, no
+    names: the settings that name them. locks: an ExitStack; until it ends, no
     other run can use these folders. The locks of a process that dies are released.
     """
     faults = []
@@ -5109,7 +5056,7 @@ def make_cache():
 
 
 def replacement_fault(name):
-    """Return why the folder of a setting must not be replaced as a whole, or None."""
+    """Return why the folder of a setting must not be replaced, or None. Nothing has run so far."""
     folder = Path(os.path.realpath(globals()[name]))
     needed = {other: globals()[other] for other in PATH_SETTINGS if other != name}
     needed["the working folder"] = os.getcwd()

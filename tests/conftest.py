@@ -125,7 +125,7 @@ def load_splits(settings, **changes):
     for name, value in {"DATA": "data", **changes}.items():
         settings.setattr(distill, name, value)
     Path(distill.CACHE).mkdir(exist_ok=True)
-    return distill.load_data({"negative": 0, "positive": 1})[0]
+    return distill.load_data(["negative", "positive"])[0]
 
 
 @pytest.fixture

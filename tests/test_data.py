@@ -720,7 +720,7 @@ def test_load_data_reads_or_refuses_any_file(tokenizer, capsys, kind, data):
     distill.DATA = "data"
 
     def read():
-        splits, label2id = distill.load_data({"negative": 0, "positive": 1})
+        splits, _ = distill.load_data(["negative", "positive"])
         return distill.tokenize(splits, tokenizer)
 
     found = outcome(read)
@@ -954,10 +954,8 @@ def labels_of(names, **splits):
         )
     distill.DATA = "data"
     try:
-        found, label2id = distill.load_data(
-            {name: number for number, name in enumerate(names)} if names else None
-        )
-        return {split: found[split]["labels"][:] for split in found} | {"names": list(label2id)}
+        found, label_names = distill.load_data(names)
+        return {split: found[split]["labels"][:] for split in found} | {"names": label_names}
     except distill.Problem as problem:
         return str(problem)
 
@@ -1257,7 +1255,7 @@ def test_log_label_counts_names_few_of_many_labels(settings, capsys):
         write_csv(f"data/{split}.csv", table)
     settings.setattr(distill, "DATA", "data")
     distill.make_cache()
-    distill.load_data(dict(zip(names, range(150))))
+    distill.load_data(names)
     printed = capsys.readouterr().out
     assert "train has 2 label000, 3 label001, " in printed
     assert len(printed) < 400

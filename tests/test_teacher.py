@@ -558,7 +558,7 @@ def test_add_soft_labels_equals_stock_model(teacher, data, settings):
     settings.setattr(distill, "TEMPERATURE", 3.0)
     model, tokenizer = distill.load_model(str(teacher)), AutoTokenizer.from_pretrained(teacher)
     Path(distill.CACHE).mkdir()
-    table = distill.tokenize(distill.load_data(model.config.label2id)[0], tokenizer)
+    table = distill.tokenize(distill.load_data([*model.config.label2id])[0], tokenizer)
     table = distill.add_soft_labels(table, model, distill.collate)
     for split in table:
         for (text, _), soft in zip(rows(split, 100), table[split]["soft_labels"]):

@@ -99,10 +99,10 @@ def test_tokenize_with_more_processes_gives_same_rows(teacher, data, settings, m
     settings.setattr(distill, "DATA", "data")
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     Path(distill.CACHE).mkdir()
-    one = distill.tokenize(distill.load_data({"negative": 0, "positive": 1})[0], tokenizer)
+    one = distill.tokenize(distill.load_data(["negative", "positive"])[0], tokenizer)
     monkeypatch.setattr(distill, "TEXTS_PER_PROCESS", 20)
     monkeypatch.setattr(distill.os, "cpu_count", lambda: 2)
-    two = distill.tokenize(distill.load_data({"negative": 0, "positive": 1})[0], tokenizer)
+    two = distill.tokenize(distill.load_data(["negative", "positive"])[0], tokenizer)
     assert {split: table.to_dict() for split, table in one.items()} == {
         split: table.to_dict() for split, table in two.items()
     }
@@ -113,7 +113,7 @@ def test_encode_batch_depends_on_no_setting(teacher, settings):
     settings.setattr(distill, "MAX_LENGTH", 8)
     settings.setattr(distill, "TEXT_COLUMN", "sentence")
     seen = []
-    settings.setattr(distill, "map_to_cache", lambda rows, *_, **options: seen.append(options))
+    settings.setattr(distill, "map_on_disk", lambda rows, *_, **options: seen.append(options))
     settings.setattr(distill, "log_tokens", lambda *_: None)
     settings.setattr(distill, "log_shared_texts", lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(teacher)

@@ -459,7 +459,7 @@ class Setup:
         self.student = distill.build_student(self.teacher).eval()
         self.stock_student = Stock(self.student.config).eval()
         self.stock_student.load_state_dict(self.student.state_dict())
-        splits, _ = distill.load_data(self.teacher.config.label2id)
+        splits, _ = distill.load_data([*self.teacher.config.label2id])
         self.texts = splits["test"]["text"][:4000]
         self.collate_fn = lambda rows: distill.collate(rows, self.tokenizer.pad_token_id)
         self.rows = distill.tokenize(splits, self.tokenizer)["test"].select(range(len(self.texts)))

@@ -41,7 +41,7 @@ def with_textbrewer(given):
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.teacher)
     distill.apply_settings({"DATA": given.data, "CACHE": tempfile.mkdtemp(), "SEED": given.seed})
-    data, _ = distill.load_data(teacher.config.label2id)
+    data, _ = distill.load_data([*teacher.config.label2id])
 
     start = time.perf_counter()
     splits = {
