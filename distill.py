@@ -2562,7 +2562,7 @@ def content_of(value, ignored):
     that a script has put into it.
     """
     if isinstance(value, CodeType):
-        # Python 3.13 marks docstrings; before, the first constant of a function is one, or None
+        # Python 3.14 marks docstrings; before, the first constant of a function is one, or None
         flag = getattr(inspect, "CO_HAS_DOCSTRING", 0)
         has_docstring = value.co_flags & flag if flag else value.co_name[0] != "<"
         arguments = value.co_varnames, value.co_argcount, value.co_kwonlyargcount
