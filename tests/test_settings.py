@@ -293,7 +293,7 @@ def test_column_faults_refuse_equal_columns(teacher, data, fails):
             ["--method", "kd", "--loss-weights", "(1, 1)"],
             "LOSS_WEIGHTS = (1, 1): must be None or a weight for each term of METHOD",
         ),
-        (["--generator", "somewhere"], "does nothing without AUGMENT or the METHOD"),
+        (["--generator", "somewhere"], "does nothing without AUGMENT or a METHOD"),
     ],
 )
 def test_option_faults_refuse_settings_that_do_not_fit(teacher, data, fails, options, told):
@@ -302,7 +302,7 @@ def test_option_faults_refuse_settings_that_do_not_fit(teacher, data, fails, opt
 
 def test_option_faults_and_missing_paths_of_options_are_named(teacher, data, fails, settings):
     message = fails("--student", "bilstm", "--student-init", "small", "--generator", "x")
-    assert 'of a "bilstm" it must be' in message and "without AUGMENT" in message
+    assert "of a 'bilstm' it must be" in message and "without AUGMENT" in message
     settings.setattr(distill.importlib.util, "find_spec", lambda name: None)
     assert "pip install onnx onnxscript onnxruntime" in fails("--export", "onnx")
     assert "UNLABELED = 'nowhere'" in fails("--unlabeled", "nowhere")
