@@ -2590,14 +2590,16 @@ def is_own(value):
     return name in ("__main__", None) or is_own_file(getattr(sys.modules.get(name), "__file__", ""))
 
 
+@functools.cache
 def global_names(code):
     """Return the names that a code object, or a function in it, looks up in its module."""
     steps = dis.get_instructions(code)
-    names = {step.argval for step in steps if re.search("NAME|GLOBAL", step.opname)}
+    names = {step.argval for step in steps if "NAME" in step.opname or "GLOBAL" in step.opname}
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return names.union(*map(global_names, inner))
 
 
+@functools.cache
 def other_statements():
     """Return the statements of this file that define nothing and import nothing."""
     definitions = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
@@ -2615,6 +2617,7 @@ def own_files():
     return sorted(file_digest(file) for file in files - {*scripts} if is_own_file(file))
 
 
+@functools.cache
 def is_own_file(path):
     """Whether a path is that of a module which belongs to no installed package."""
     installed = *site.getsitepackages(), site.getusersitepackages(), os.path.dirname(os.__file__)
