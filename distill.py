@@ -5,7 +5,7 @@
     python distill.py --predict "文章" …          # classify texts with the student
     python distill.py --help                     # list every setting
 
-Reads   TEACHER, a fine-tuned BertForSequenceClassification, and DATA, labelled texts in the splits
+Reads   TEACHER, a fine-tuned …ForSequenceClassification, and DATA, labelled texts in the splits
         train, val and test. If both have their defaults and the TEACHER folder does not exist, a
         sample teacher is first trained on sample data (and kept in CACHE).
 Writes  OUTPUT: the student, its tokenizer, a model card, report.json, predictions.csv, history.csv,
@@ -101,8 +101,8 @@ STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
 STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
-REFIT_WORDS = 2  # teacher layers that word vectors are fitted to; 0: they stay the teacher's
-DROPOUT = None  # in training ("bert" only); None: the teacher's. 0.0 was better on one data set
+REFIT_WORDS = 2  # word vectors are fitted to this many teacher layers; 0: they stay as they are
+DROPOUT = None  # in training ("bert" only); None: as in the model that it starts from
 # Loss
 METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
 ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 1 - ALPHA
@@ -111,12 +111,12 @@ TEMPERATURE = 2.0  # softens both sides in "kd"; raise it for an overconfident t
 EPOCHS = 20  # at most; early stopping usually ends training sooner
 PATIENCE = 3  # epochs without a lower validation loss before training stops
 BATCH_SIZE = 32  # texts per step, over all processes
-LEARNING_RATE = 1e-4  # higher than for a 12-layer BERT; lower it if the loss jumps
+LEARNING_RATE = 1e-4  # ("bert") higher than for 12 layers; lower it if the loss jumps
 SCHEDULE = "linear"  # learning rate after the warm-up: "linear" (to 0 at EPOCHS) or "constant"
 WARMUP_STEPS = 0.06  # warm-up steps; a value below 1 is a fraction of all steps
 WEIGHT_DECAY = 0.01  # of AdamW, applied to weight matrices only
 MAX_GRAD_NORM = 1.0  # gradients are clipped to this norm
-SEED = 42  # the same seed gives the same student on the same machine
+SEED = 42  # the same student again, on the same machine with the same threads
 # Output
 OUTPUT = "./distilled_model"  # folder of the student; an earlier student in it is replaced
 CACHE = "./.distill_cache"  # folder of teacher logits, checkpoints and what else is reused
@@ -128,16 +128,16 @@ REPORT_TO = "none"  # "tensorboard", "wandb" or another tracker that transformer
 
 
 def run():
-    """Distil, save and report; return the report, but None in every process except the first."""
+    """Distil, save, report; return the report (None in all processes but the first)."""
     stage_seconds = {}
 
     with timed_stage("data", stage_seconds):
-        teacher_name, recipe = on_main_process(find_teacher)  # recipe None: not to be made
+        teacher_name, recipe = on_main_process(find_teacher)  # recipe: how to make it, or None
         config, label_names = load_teacher_config(teacher_name, recipe)
         tokenizer_name = TOKENIZER or config.name_or_path
         tokenizer = on_main_process(lambda: load_tokenizer(tokenizer_name, config))
         preflight_checks(config, tokenizer)
-        data, label_names = load_data(label_names)  # the data's where the teacher has none yet
+        data, label_names = load_data(label_names)  # the data's if there is no teacher yet
         data |= load_extra_texts(data["train"], tokenizer)  # splits, appended to train below
         test_texts = data["test"]
         student_tokenizer = load_student_tokenizer(tokenizer, data)
@@ -159,7 +159,7 @@ def run():
         student = STUDENTS[STUDENT](teacher, student_tokenizer, tokenizer)
         # the layer copied from a BERT expects words in context: word vectors are refitted to that
         refit_word_vectors(student, teacher, tokenizer, data["train"], collate_fn)
-        data = use_student_ids(data)  # the teacher needs its own no longer
+        data = use_student_ids(data)  # the teacher no longer needs its ids
         collate_fn = make_collate_fn(student_tokenizer)
         log_student(student, teacher)
         untrained = copy.deepcopy(student) if BASELINE else None
@@ -201,14 +201,14 @@ def add_soft_labels(data, teacher, collate_fn):
         teacher_seconds  this text's share of the time that the teacher took for its batch
 
     The teacher runs once per distinct text. Texts are identified by the column "key", a hash of
-    their token ids; those in this teacher's file in CACHE are skipped.
+    their token ids; those already in CACHE are skipped.
     """
     if SOFT_LABELS_COLUMN:
         return add_given_soft_labels(data)
     cache_path = teacher_cache_path(teacher, data)
     outputs = load_teacher_outputs(cache_path, n_classes=teacher.config.num_labels)
 
-    # run the teacher on the texts that are not in the cache
+    # texts that are not in the cache yet
     all_rows = datasets.concatenate_datasets(list(data.values()))
     keys, first_rows = np.unique(column_array(all_rows, "key"), return_index=True)
     is_new = ~np.isin(keys, outputs["key"].numpy())
@@ -220,15 +220,15 @@ def add_soft_labels(data, teacher, collate_fn):
 
     # look up the teacher's outputs for every row, by key
     soft_labels = soften(outputs["logits"])
-    order = torch.argsort(outputs["key"])
-    sorted_keys = outputs["key"][order]
+    by_key = torch.argsort(outputs["key"])
+    sorted_keys = outputs["key"][by_key]
 
     def new_columns(batch):
-        position = order[torch.searchsorted(sorted_keys, torch.tensor(batch["key"]))]
+        positions = by_key[torch.searchsorted(sorted_keys, torch.tensor(batch["key"]))]
         return {
-            "teacher_logits": outputs["logits"][position].numpy(),
-            "soft_labels": soft_labels[position].numpy(),
-            "teacher_seconds": outputs["seconds"][position].numpy(),
+            "teacher_logits": outputs["logits"][positions].numpy(),
+            "soft_labels": soft_labels[positions].numpy(),
+            "teacher_seconds": outputs["seconds"][positions].numpy(),
         }
 
     return {split: map_on_disk(rows, new_columns) for split, rows in data.items()}
@@ -248,8 +248,9 @@ def build_student(teacher, tokenizer=None, teacher_tokenizer=None):
     if STUDENT_INIT not in ("teacher", "random"):
         source = load_student_init(teacher.config)
     model_class = classifier_class(source.config)
-    weights, layers = {}, range(NUM_LAYERS)
-    if STUDENT_INIT != "random":
+    if STUDENT_INIT == "random":
+        weights, layers = {}, range(NUM_LAYERS)
+    else:
         weights, layers = source.state_dict(), layers_to_copy(source.config)
     transformers.set_seed(SEED)  # for weights that are not copied
     return copy_with_layers(source, model_class, layers, weights, DROPOUT)
@@ -296,9 +297,9 @@ class CustomTrainer(Trainer):
     """
 
     families = None  # of teachers that it works with; None: all FAMILIES
-    learns_from = "probabilities"  # of the teacher; or "model": also its other outputs; or None
+    learns_from = "probabilities"  # of the teacher; or "model", if it needs more; or None
     terms = ()  # of the loss of a MethodTrainer
-    softens = True  # False: the soft labels have T = 1, whatever TEMPERATURE is
+    softens = True  # False: T = 1 in the soft labels
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
     run_id_parts = ()  # what training depends on besides settings, data, models and `extra_state`
 
@@ -347,9 +348,8 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
     validation loss.
 
     Each epoch ends with a checkpoint. A run with the same settings, code, data and weights (its run
-    id) resumes from it, with a bit-identical result.
+    id) resumes from it, bit-identically on the same machine, threads and processes.
     """
-    n_epochs = int(trainer.args.num_train_epochs)
     run_id = training_run_id(trainer)
     with only_used_embeddings(trainer):  # AdamW would spend much of each step on unused rows
         checkpoint = start_or_resume(trainer, checkpoint_path, run_id)
@@ -357,7 +357,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
             record_epoch(trainer, epoch_record)
 
         try:
-            while len(checkpoint["history"]) < n_epochs:
+            while len(checkpoint["history"]) < trainer.args.num_train_epochs:
                 if trainer.control.should_training_stop:  # set by EarlyStoppingCallback
                     log("training", "stopped early: the validation loss no longer improves")
                     break
@@ -395,7 +395,6 @@ def train_epoch(trainer, epoch):
     trainer.state.global_step = (epoch - 1) * len(loader)
     shares = shares_of_steps(len(trainer.train_dataset), trainer.args.train_batch_size)
     loss_sum = 0.0
-
     batches = progress_bar(loader, desc=f"epoch {epoch}")
     # n_texts: of this process; weight: 1 if there is no other process
     for batch, (n_texts, weight) in zip(batches, shares, strict=True):
@@ -434,8 +433,7 @@ def train_epoch(trainer, epoch):
 def validate(trainer):
     """Return (sum of losses, number of correct predictions) over this process's part of val."""
     model = trainer.model.eval()  # not wrapped: the processes may have different numbers of batches
-    loss_sum = 0.0
-    n_correct = 0
+    loss_sum, n_correct = 0.0, 0
     for batch in trainer.get_eval_dataloader():
         loss, outputs = trainer.compute_loss(model, batch, return_outputs=True)
         loss_sum += loss.item() * len(outputs.logits)
@@ -451,7 +449,7 @@ def record_epoch(trainer, epoch_record):
     """Report an epoch to the callbacks and print it; return whether it is the best so far.
 
     EarlyStoppingCallback compares the loss with state.best_metric but never updates it. We do,
-    after on_evaluate: before it, no epoch would count as better; never, every epoch would.
+    after on_evaluate: set earlier, no epoch would count as better; never set, every epoch would.
     """
     metrics = {name.replace("val_", "eval_"): value for name, value in epoch_record.items()}
     trainer.state.epoch = epoch_record["epoch"]
@@ -481,8 +479,8 @@ def predict(trainer, rows):
     logits, seconds = torch.empty_like(teacher_logits), torch.empty(len(rows))
     loader = trainer.get_test_dataloader(rows)
     next(timed_logits(trainer.model, loader))  # warm-up
-    answers = zip(loader.batch_sampler, timed_logits(trainer.model, loader), strict=True)
-    for row_numbers, (batch_logits, batch_seconds) in answers:
+    batches = zip(loader.batch_sampler, timed_logits(trainer.model, loader), strict=True)
+    for row_numbers, (batch_logits, batch_seconds) in batches:
         logits[row_numbers] = batch_logits
         seconds[row_numbers] = batch_seconds / len(row_numbers)
     teacher_seconds = torch.tensor(column_array(rows, "teacher_seconds"))
@@ -515,13 +513,13 @@ def save_results(student, tokenizer, history, results, answers, run_info):
         write_model_card(report, splits_words(tokenizer), folder)
         pandas.DataFrame(history).to_csv(folder / "history.csv", index=False)
         write_answers(answers, folder)
-        plot_losses(history, report["best_epoch"], folder)
+        plot_losses(history, folder)
         plot_cascade(report, folder)
         write_report(report, folder)
     return report
 
 
-# ───────── That is the method. Below: what it rests on (begin with Word vectors), options ─────────
+# ──────────── That is the method. Below: what it rests on (Word vectors first), options ───────────
 
 
 # ── Report files: console, table, plot, model card ────────────────────────────────────────────────
@@ -533,8 +531,8 @@ library_name: transformers
 # A small text classifier ({STUDENT}), distilled
 
 Distilled from `{teacher}` on `{DATA}` by distill.py, with METHOD {METHOD}, ALPHA {ALPHA} and
-TEMPERATURE {TEMPERATURE}; all settings are in report.json. It has its teacher's faults: measure it
-on texts of your own before you rely on it.
+TEMPERATURE {TEMPERATURE}; all settings are in report.json. It inherits its teacher's mistakes: test
+it on your own texts before you rely on it.
 
 ```
 python distill.py --output path/to/this/folder --predict "この店の料理は美味しい。"
@@ -564,8 +562,8 @@ def note(message):
 
 def progress_bar(steps, **options):
     """Return `steps` with a progress bar on a terminal; only the first process shows it."""
-    is_hidden = None if rank() == 0 else True  # None: hidden where there is no terminal
-    return tqdm(steps, leave=False, disable=is_hidden, **options)
+    # None: hidden where there is no terminal
+    return tqdm(steps, leave=False, disable=rank() > 0 or None, **options)
 
 
 @contextlib.contextmanager
@@ -824,8 +822,8 @@ def format_labels(labels):
     return lines
 
 
-def plot_losses(history, best_epoch, folder):
-    """Draw the train and validation loss of each epoch into loss.png. best_epoch: its number."""
+def plot_losses(history, folder):
+    """Draw the train and validation loss of each epoch into loss.png."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     epochs = [epoch_record["epoch"] for epoch_record in history]
@@ -834,8 +832,9 @@ def plot_losses(history, best_epoch, folder):
     for name, style, colour in ("train_loss", "o--", "#0072B2"), ("val_loss", "s-", "#D55E00"):
         losses = [epoch_record[name] for epoch_record in history]
         axes.plot(epochs, losses, style, color=colour, label=name.replace("_", " "))
-    lowest_loss = best_epoch_of(history)["val_loss"]
-    axes.plot(best_epoch, lowest_loss, "*k", markersize=16, label=f"best: epoch {best_epoch}")
+    best = best_epoch_of(history)
+    label = f"best: epoch {best['epoch']}"
+    axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=label)
 
     axes.set(xlabel="epoch", ylabel=f'loss of METHOD "{METHOD}"')
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -1258,7 +1257,13 @@ SPLIT_NAMES = {  # what files, parts of a data set, or values in a column may ca
     "test": ["test", "testing", "テスト", "評価"],
 }
 SPLITS = tuple(SPLIT_NAMES)
-FILE_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"  # for texts without labels also .txt
+FILE_KINDS = (
+    ".csv",
+    ".tsv",
+    ".jsonl",
+    ".json",
+    ".parquet",
+)  # branches of `read_part`; without labels also .txt
 TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
 COLUMN_ADVICE = (
     "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN; a .csv (commas) or "
@@ -2440,6 +2445,7 @@ NOT_IN_RUN_ID = {
     "MODEL_CARD",
     "CACHE_MARK",
     "SOURCE",
+    "MECAB_LOCK",
     "COMMAND_LINE_SETTINGS",
 }
 
@@ -2451,6 +2457,7 @@ def make_trainer(
 
     epochs, learning_rate, patience: instead of those in the settings.
     """
+    default_rate = BILSTM_LEARNING_RATE if STUDENT == "bilstm" else LEARNING_RATE
     with as_problem(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
         args = TrainingArguments(
             output_dir=CACHE,
@@ -2458,7 +2465,7 @@ def make_trainer(
             seed=SEED,
             num_train_epochs=epochs or EPOCHS,
             per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=learning_rate or student_learning_rate(),
+            learning_rate=learning_rate or default_rate,
             lr_scheduler_type=SCHEDULE,
             warmup_steps=WARMUP_STEPS,
             weight_decay=WEIGHT_DECAY,
@@ -2544,7 +2551,7 @@ class ContentPickler(Pickler):
 
     def persistent_id(self, value):
         if isinstance(value, set | frozenset):  # its order differs from one process to the next
-            return "set", *sorted(map(repr, value))
+            return "set", sorted(value, key=lambda item: getattr(item, "__qualname__", repr(item)))
         if isinstance(value, functools._lru_cache_wrapper):
             value = value.__wrapped__
         if not isinstance(value, FunctionType | CodeType | ModuleType | type):
@@ -2554,63 +2561,75 @@ class ContentPickler(Pickler):
             self.found.append(value)
         return self.numbers[id(value)]
 
+    def _batch_setitems(self, items, *more):  # datasets sorts them, but their order may count
+        super(Pickler, self)._batch_setitems(items, *more)
+
 
 def content_of(value, ignored):
     """Return what a function, class, module or code object consists of, for `hash_of`.
 
     Of what belongs to a library this is its name and, of a class, the functions of the user's own
-    that a script has put into it.
+    that a script has put into it. ignored: names in this module that do not count.
     """
-    if isinstance(value, CodeType):
-        # Python 3.14 marks docstrings; before, the first constant of a function is one, or None
-        flag = getattr(inspect, "CO_HAS_DOCSTRING", 0)
-        has_docstring = value.co_flags & flag if flag else value.co_name[0] != "<"
+    if isinstance(value, CodeType):  # without names, lines and docstring
         arguments = value.co_varnames, value.co_argcount, value.co_kwonlyargcount
-        code = value.co_code, value.co_names, value.co_exceptiontable
-        return code, arguments, value.co_consts[1:] if has_docstring else value.co_consts
+        has_stars = value.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+        return code_steps(value), arguments, has_stars, value.co_exceptiontable
     if isinstance(value, FunctionType) and is_own(value):
         module = value.__globals__
-        names = global_names(value.__code__) & module.keys() - ignored
-        used = {name: module[name] for name in names if not name.startswith("__")}
+        names = global_names(value.__code__) & module.keys()
+        if module is globals():
+            names -= ignored
+        used = {name: module[name] for name in sorted(names) if not name.endswith("__")}
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
         return value.__code__, value.__defaults__, value.__kwdefaults__, closure, vars(value), used
 
     members = {}
-    for key, member in vars(value).items():
-        is_public = is_own(value) and not key.startswith("_")  # others: notes of transformers
-        if is_public or (isinstance(member, FunctionType) and is_own(member)):
+    for key, member in sorted(vars(value).items()):
+        # not what Python and transformers note in a class
+        counts = is_own(value) and not re.search("^__|cache|^_abc_impl", key)
+        if counts or (isinstance(member, FunctionType) and is_own(member)):
             members[key] = member
     name = getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__)
-    return name, getattr(value, "__bases__", ()), members
+    return name, type(value), getattr(value, "__bases__", ()), members
 
 
 def is_own(value):
     """Whether a function, class or module is the user's own: of no installed package."""
     name = value.__name__ if isinstance(value, ModuleType) else value.__module__
-    return name in ("__main__", None) or is_own_file(getattr(sys.modules.get(name), "__file__", ""))
+    if name == "__main__" or name not in sys.modules:  # of a file that was only executed
+        return True
+    return is_own_file(getattr(sys.modules[name], "__file__", ""))
+
+
+@functools.cache
+def code_steps(code):
+    """Return the instructions of a code object, (name, argument) each."""
+    return tuple((step.opname, step.argval) for step in dis.get_instructions(code))
 
 
 @functools.cache
 def global_names(code):
     """Return the names that a code object, or a function in it, looks up in its module."""
-    steps = dis.get_instructions(code)
-    names = {step.argval for step in steps if "NAME" in step.opname or "GLOBAL" in step.opname}
+    steps = code_steps(code)
+    names = {argument for name, argument in steps if "NAME" in name or "GLOBAL" in name}
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return names.union(*map(global_names, inner))
 
 
 @functools.cache
 def other_statements():
-    """Return the statements of this file that define nothing and import nothing."""
+    """Return the statements of this file that define no function, class or CONSTANT."""
     definitions = ast.FunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
     nodes = [node for node in ast.parse(SOURCE).body if not isinstance(node, definitions)]
-    return [text for text in map(ast.unparse, nodes) if not re.match(r"\w+ = |['\"]", text)]
+    return [text for text in map(ast.unparse, nodes) if not re.match(r"[A-Z]\w* = |['\"]", text)]
 
 
 def own_files():
-    """Return the hashes of the user's own modules: those loaded, or imported in a function here."""
+    """Return the hashes of the user's own modules: those loaded, or imported in a function."""
     files = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
-    for name in re.findall(r"^ +(?:import|from) ([\w.]+)", SOURCE, re.MULTILINE):
+    sources = [SOURCE, *(Path(file).read_text("utf-8") for file in filter(is_own_file, files))]
+    for name in re.findall(r"^[ \t]+(?:import|from) ([\w.]+)", "\n".join(sources), re.MULTILINE):
         with contextlib.suppress(ImportError, AttributeError, ValueError):
             files.add(str(importlib.util.find_spec(name).origin))
     scripts = __file__, str(getattr(sys.modules["__main__"], "__file__", ""))
@@ -3568,14 +3587,10 @@ def word_vectors(teacher, tokenizer, teacher_tokenizer):
 
 
 # STUDENT → a function of the teacher, the student's tokenizer and the teacher's. A student is a
-# PreTrainedModel with get_input_embeddings, set_input_embeddings, and a forward from input_ids and
-# attention_mask to an output with logits.
+# PreTrainedModel with get_input_embeddings, set_input_embeddings, and a forward from input_ids,
+# attention_mask and, for pairs, token_type_ids to an output with logits.
 STUDENTS = {"bert": build_student, "bilstm": build_bilstm}
 OWN_CLASSES = {"BiLSTM": BiLSTM}  # classes of students that transformers does not have
-
-
-def student_learning_rate():
-    return BILSTM_LEARNING_RATE if STUDENT == "bilstm" else LEARNING_RATE
 
 
 # ── Option: other methods ─────────────────────────────────────────────────────────────────────────
@@ -3699,7 +3714,8 @@ class MethodTrainer(CustomTrainer):
             with_layers = f"{self.layer_term}′" in self.terms
             rewritten_losses, _ = self.losses(model, inputs, with_layers, rewritten)
             losses |= {f"{term}′": loss for term, loss in rewritten_losses.items()}
-        loss = sum(self.weights[term] * losses[term] for term in self.terms if term in losses)
+        terms = self.terms if is_training else ("CE", "KL")
+        loss = sum(self.weights[term] * losses[term] for term in terms)
         return (loss, SequenceClassifierOutput(logits=logits)) if return_outputs else loss
 
     def losses(self, model, inputs, with_layers, rewritten=None):
@@ -3859,7 +3875,7 @@ class CildaMinildTrainer(CildaTrainer):
         return super().layer_loss(teacher, student) / math.log(max(len(teacher), 2))
 
 
-# METHOD → class of its trainer. A new method needs no other entry.
+# METHOD → class of its trainer. Validation, and so early stopping, uses the same loss.
 METHODS = {
     "none": HardLabelTrainer,
     "kd": CustomTrainer,
@@ -4934,12 +4950,10 @@ def refuse_faults(faults):
 
 def check_same_settings():
     """Raise Problem if the processes have different settings. Their folders may lie elsewhere."""
-    settings = {}
-    for name in ACCEPTED:
-        value = globals()[name]
-        if name in PATH_SETTINGS and value not in ("teacher", "random"):
-            value = value is None
-        settings[name] = value
+    settings = {name: globals()[name] for name in ACCEPTED}
+    for name in PATH_SETTINGS:
+        if settings[name] not in ("teacher", "random"):
+            settings[name] = settings[name] is None
     check_same_in_all_processes(settings)
 
 

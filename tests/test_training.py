@@ -407,6 +407,83 @@ def test_hash_of_follows_what_a_function_uses():
     assert annotated.hash_of(annotated.inference_loader) != other.hash_of(other.inference_loader)
 
 
+PROGRAMS = """
+class A: _a = VALUE # a private member
+def loss(x): return A._a * x
+---
+class A:
+    @staticmethod
+    def _k(): return VALUE
+def loss(x): return A._k() * x
+---
+class M(type):
+    def __call__(c, x): return x * VALUE
+class A(metaclass=M): pass
+def loss(x): return A(x)
+---
+BASELINE = VALUE # a name that distill.py ignores among its own
+def loss(x): return BASELINE * x
+---
+class A:
+    def f(self): return VALUE
+OF_CLASSES = {A}
+def loss(x): return [a().f() for a in OF_CLASSES]
+---
+def loss(x): "1"; return x == "VALUE" # a constant that is the docstring, too
+---
+def loss(x): return sum(VALUE * y for y in x)
+---
+def loss(x):
+    def inner(y=VALUE): return y
+    return inner()
+---
+TABLE = {"f": lambda x: VALUE * x}
+def loss(x): return TABLE["f"](x)
+---
+class A:
+    class B: c = VALUE
+def loss(x): return A.B.c
+---
+import functools
+f = functools.partial(pow, VALUE)
+def loss(x): return f(x)
+---
+import functools
+@functools.lru_cache
+def g(): return VALUE
+def loss(x): return g()
+---
+OF_PAIRS = dict([("a", 1), ("b", 2)][:: VALUE * 2 - 3]) # the order
+def loss(x): return [*OF_PAIRS]
+---
+def loss(*x): return x if VALUE == 1 else 0
+""".split("---")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_hash_of_tells_programs_apart(program):
+    hashes = []
+    for value in "1", "2", "1":
+        names = {"__name__": "__main__"}
+        exec(program.replace("VALUE", value), names)
+        hashes.append(distill.hash_of(names["loss"]))
+    assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
+
+
+def test_hash_of_tells_stars_apart_but_not_docstrings():
+    programs = [
+        "def loss(*x): return x",
+        "def loss(**x): return x",
+        "def loss(*x):\n    'It returns its arguments.'\n    return x",
+    ]
+    hashes = []
+    for program in programs:
+        names = {"__name__": "__main__"}
+        exec(program, names)
+        hashes.append(distill.hash_of(names["loss"]))
+    assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
+
+
 STOCK_LOSS = """
 stock = distill.CustomTrainer.compute_loss
 def compute_loss(self, *arguments, **options):
