@@ -4,9 +4,12 @@ python -m pytest tests --hypothesis-profile=long  tries 500 inputs of each prope
 """
 
 import csv
+import functools
+import gc
 import json
 import os
 import re
+import site
 import sys
 from pathlib import Path
 
@@ -30,6 +33,24 @@ SAMPLE = ROOT / "tests" / "sample"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import distill  # noqa: E402
+
+# A run's id holds the files of all loaded modules that belong to no installed package: here the
+# tests count as installed, since their number would slow each run down.
+INSTALLED = [*site.getsitepackages(), str(ROOT / "tests")]
+site.getsitepackages = lambda: INSTALLED
+
+
+def remember(module):
+    """Let parts of the run's id be worked out once, not in each run, of which they are a half."""
+    for name in "is_own_file", "global_names", "other_statements":
+        setattr(module, name, functools.cache(getattr(module, name)))
+
+
+remember(distill)
+
+# What is imported stays, so that the garbage collector need not look at it again and again.
+gc.collect()
+gc.freeze()
 
 CHECKS = [
     hypothesis.HealthCheck.function_scoped_fixture,

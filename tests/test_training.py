@@ -19,6 +19,7 @@ from conftest import (
     interrupt_in,
     labelled,
     notes,
+    remember,
     report,
     rows,
     save_generator,
@@ -334,6 +335,7 @@ def load_edited(*changes):
     module = importlib.util.module_from_spec(spec)
     sys.modules["edited"] = module  # where its classes are looked up
     spec.loader.exec_module(module)
+    remember(module)
     return module
 
 
