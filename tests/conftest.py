@@ -6,10 +6,10 @@ python -m pytest tests --hypothesis-profile=long  tries 500 inputs of each prope
 import csv
 import functools
 import gc
+import importlib.util
 import json
 import os
 import re
-import site
 import sys
 from pathlib import Path
 
@@ -33,11 +33,6 @@ SAMPLE = ROOT / "tests" / "sample"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import distill  # noqa: E402
-
-# A run's id holds the files of all loaded modules that belong to no installed package: here the
-# tests count as installed, since their number would slow each run down.
-INSTALLED = [*site.getsitepackages(), str(ROOT / "tests")]
-site.getsitepackages = lambda: INSTALLED
 
 
 def remember(module):
@@ -261,6 +256,21 @@ def in_child(function):
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def load_edited(*changes):
+    """distill.py with some of its text replaced, as a module of its own."""
+    source = (ROOT / "distill.py").read_text("utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    Path("edited.py").write_text(source, "utf-8")
+    spec = importlib.util.spec_from_file_location("edited", "edited.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["edited"] = module  # where its classes are looked up
+    spec.loader.exec_module(module)
+    remember(module)
+    return module
 
 
 def stand_in(monkeypatch, name, function):

@@ -1,8 +1,6 @@
 """Option: other methods and families: losses by hand, schedule, masks, resume, whole runs."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,11 @@ import transformers
 from conftest import (
     MODEL,
     SAMPLE,
+    TINY,
     VOCABULARY,
     history,
     interrupt_in,
+    load_edited,
     report,
     rows,
     save_generator,
@@ -635,8 +635,6 @@ def test_method_run_with_augmented_text_and_pairs(teacher, run, settings):
 
 def test_method_of_a_user_needs_a_subclass_and_one_entry(teacher, data, run):
     """Here one that compares layers of rewritten texts, which "cilda" alone does not."""
-    path = Path(distill.__file__)
-    source = path.read_text("utf-8")
     subclass = """class OwnTrainer(MethodTrainer):
     terms = "CE", "KL", "OWN", "KL′", "OWN′"
     paper_weights = 0.2, 0.2, 0.2, 0.2, 0.2
@@ -647,17 +645,11 @@ def test_method_of_a_user_needs_a_subclass_and_one_entry(teacher, data, run):
 
 
 """
-    changed = source.replace("\n# METHOD → class", f"\n{subclass}# METHOD → class")
-    changed = changed.replace("\nMETHODS = {", '\nMETHODS = {\n    "own": OwnTrainer,')
-    Path("own_method.py").write_text(changed, "utf-8")
-    options = "--data data --max-length 32 --method own --epochs 1 --generator-steps 1"
-    done = subprocess.run(
-        [sys.executable, "own_method.py", *options.split()],
-        capture_output=True,
-        text=True,
-        check=False,
+    module = load_edited(
+        ("\n# METHOD → class", f"\n{subclass}# METHOD → class"),
+        ("\nMETHODS = {", '\nMETHODS = {\n    "own": OwnTrainer,'),
     )
-    assert done.returncode == 0, done.stderr
+    module.main([*TINY, "--method", "own", "--epochs", "1", "--generator-steps", "1"])
     assert report()["settings"]["METHOD"] == "own"
 
 

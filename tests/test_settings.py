@@ -4,8 +4,6 @@ import ast
 import contextlib
 import os
 import re
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -230,14 +228,14 @@ def test_check_settings_reports_all_faults_at_once(fails):
     ]
 
 
-def test_check_settings_message_and_exit_status_of_command(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "distill.py"), "--alpha", "7"], capture_output=True, text=True
+def test_check_settings_message_of_command(capsys):
+    """Python writes the text of a SystemExit to standard error and ends with exit status 1."""
+    with pytest.raises(SystemExit) as exit:
+        distill.main(["--alpha", "7"])
+    assert exit.value.code == (
+        "distill.py: these settings must be put right:\n  ALPHA = 7: must be a number from 0 to 1"
     )
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == (
-        "distill.py: these settings must be put right:\n  ALPHA = 7: must be a number from 0 to 1\n"
-    )
+    assert capsys.readouterr() == ("", "")
 
 
 VALUES = st.one_of(

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,21 +12,20 @@ import pytest
 import torch
 from conftest import (
     MODEL,
-    ROOT,
     TINY,
     history,
     interrupt_in,
     labelled,
+    load_edited,
     notes,
-    remember,
     report,
     rows,
     save_generator,
     save_model,
-    script,
     tiny_model,
     write_csv,
 )
+from fault_drill import Copy
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import distill
@@ -203,38 +201,20 @@ def test_train_ctrl_c_before_first_epoch_is_told(teacher, data, fails, monkeypat
     assert not Path("distilled_model").exists()
 
 
-def test_train_resumed_after_kill_equals_undisturbed(teacher, data):
+def test_train_resumed_after_kill_equals_undisturbed(teacher, data, run):
     """In the method that has most to keep: generator, projections, both optimizers."""
     save_generator("filler")
-    run = [
-        "--method",
-        "cilda+minild",
-        "--generator",
-        "filler",
-        "--generator-steps",
-        "2",
-        "--student-steps",
-        "4",
-        "--epochs",
-        "6",
-        "--patience",
-        "9",
-        "--cache",
-    ]
-    subprocess.run(script(*run, "cache1", "--output", "whole"), check=True, capture_output=True)
-    process = subprocess.Popen(
-        script(*run, "cache2", "--output", "resumed"), stdout=subprocess.PIPE
-    )
+    options = "--method cilda+minild --generator filler --generator-steps 2 --student-steps 4"
+    options = [*options.split(), "--epochs", "4", "--patience", "9"]
+    run(*options, "--cache", "cache1", "--output", "whole")
+    options += ["--cache", "cache2", "--output", "resumed"]
+    killed = Copy(distill.main, [*TINY, *options])
     deadline = time.monotonic() + 300
     while not Path("cache2/checkpoint.pt").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert killed.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again = subprocess.run(
-        script(*run, "cache2", "--output", "resumed"), check=True, capture_output=True, text=True
-    )
-    assert "goes on after epoch" in again.stdout
+    assert killed.end(timeout=0)[0] == -signal.SIGKILL
+    assert "goes on after epoch" in run(*options)
     assert (
         Path("whole/model.safetensors").read_bytes()
         == Path("resumed/model.safetensors").read_bytes()
@@ -322,21 +302,6 @@ def test_training_run_id_is_the_same_in_another_place(data, run, monkeypatch, op
         moved = [str(Path("there", name).resolve()) if part == name else part for part in moved]
     printed = run(*moved, "--epochs", "2")
     assert "goes on after epoch 2" in printed and labelled(printed)[0] == 0
-
-
-def load_edited(*changes):
-    """distill.py with some of its text replaced, as a module of its own."""
-    source = (ROOT / "distill.py").read_text("utf-8")
-    for old, new in changes:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    Path("edited.py").write_text(source, "utf-8")
-    spec = importlib.util.spec_from_file_location("edited", "edited.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["edited"] = module  # where its classes are looked up
-    spec.loader.exec_module(module)
-    remember(module)
-    return module
 
 
 NO_KL = "* TEMPERATURE**2\n", "* 0\n"
