@@ -121,23 +121,56 @@ def test_run_gives_same_bytes_for_same_seed(teacher, data, run):
     assert found[0] == found[1] != found[2]
 
 
-def test_run_gives_same_bytes_in_another_process_on_ascii_terminal(data, run):
-    save_model("finetuned_bert_japanese", labels=("低評価", "高評価"))
+GUARD = """
+import runpy, socket, sys
+def refuse(*given, **more):
+    open("network", "a").write(repr(given))
+    raise OSError("no network in this test")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_run_gives_same_bytes_in_another_process_and_nothing_personal(data, run, tmp_path):
+    """There on a terminal of ASCII alone, without a network, in the folder of a user."""
+    home = tmp_path / "users" / "taro-yamada"
+    teacher = save_model(home / "mine", labels=("低評価", "高評価"))
     for split in "train", "val", "test":
         table = [
             (text, "高評価" if label == "positive" else "低評価") for text, label in rows(split, 16)
         ]
         write_csv(data / f"{split}.csv", table)
-    run("--output", "here", "--cache", "cache1")
-    subprocess.run(
-        script("--output", "there", "--cache", "cache2"),
-        check=True,
+    run("--teacher", str(teacher), "--output", "here", "--cache", "cache1")
+
+    arguments = ["--teacher", teacher, "--data", data.resolve()]
+    arguments += ["--output", home / "out", "--cache", home / "cache"]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    environment |= {"HOME": str(home), "USER": "taro-yamada", "LOGNAME": "taro-yamada"}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARD, *script(*map(str, arguments))[1:]],
+        env=environment | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        text=True,
     )
-    here, there = (Path(folder, "model.safetensors").read_bytes() for folder in ("here", "there"))
-    assert here == there and history("here") == history("there")
-    assert report("there")["hardware"].endswith(", 1 thread")
+    assert done.returncode == 0, done.stderr
+    there = home / "out"
+    assert Path("here/model.safetensors").read_bytes() == (there / MODEL.name).read_bytes()
+    assert history("here") == history(there)
+    assert report(there)["hardware"].endswith(", 1 thread")
+
+    assert not Path("network").exists()
+    written = [
+        path for folder in ("out", "cache") for path in (home / folder).rglob("*") if path.is_file()
+    ]
+    assert len(written) > 10
+    for path in written:
+        assert b"taro-yamada" not in path.read_bytes(), path
 
 
 # ── The terminal and the packages ──

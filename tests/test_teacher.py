@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from conftest import (
     report,
     rows,
     save_model,
-    script,
     stand_in,
     tiny_model,
     write_csv,
@@ -125,7 +122,7 @@ def test_load_config_ignores_run_time_flags(teacher, data, run, flags):
     )
 
 
-def test_load_config_and_tokenizer_by_hub_name(data, tmp_path):
+def test_load_config_and_tokenizer_by_hub_name(data, run, tmp_path, monkeypatch):
     """A hub cache laid out by hand.
 
     The names are resolved as on a machine that has loaded them before.
@@ -135,12 +132,10 @@ def test_load_config_and_tokenizer_by_hub_name(data, tmp_path):
     refs = snapshot.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
-    subprocess.run(
-        script("--teacher", "someone/teacher", "--epochs", "1"),
-        check=True,
-        capture_output=True,
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-    )
+    # as by the environment variables of these names
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run("--teacher", "someone/teacher", "--epochs", "1")
     assert report()["teacher"]["bytes"] == 4 * report()["teacher"]["parameters"]
 
 
