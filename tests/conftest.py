@@ -37,8 +37,12 @@ import distill  # noqa: E402
 
 def remember(module):
     """Let parts of the run's id be worked out once, not in each run, of which they are a half."""
-    for name in "is_own_file", "global_names", "other_statements":
-        setattr(module, name, functools.cache(getattr(module, name)))
+    module.other_statements = functools.cache(module.other_statements)
+    if module is distill:
+        distill.is_own_file = functools.cache(distill.is_own_file)
+        distill.global_names = functools.cache(distill.global_names)
+    else:  # what these two return is the same in an edited copy
+        module.is_own_file, module.global_names = distill.is_own_file, distill.global_names
 
 
 remember(distill)
@@ -258,6 +262,11 @@ def in_child(function):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@functools.lru_cache(maxsize=8)
+def compiled(source):
+    return compile(source, "edited.py", "exec")
+
+
 def load_edited(*changes):
     """distill.py with some of its text replaced, as a module of its own."""
     source = (ROOT / "distill.py").read_text("utf-8")
@@ -268,7 +277,7 @@ def load_edited(*changes):
     spec = importlib.util.spec_from_file_location("edited", "edited.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["edited"] = module  # where its classes are looked up
-    spec.loader.exec_module(module)
+    exec(compiled(source), vars(module))
     remember(module)
     return module
 

@@ -17,65 +17,62 @@ import distill
 
 FRESH = """
 import json, sys, torch
-inputs = {name: torch.tensor(one) for name, one in json.load(open("inputs.json")).items()}
-logits = [torch.export.load("distilled_model/student.pt2").module()(**inputs)]
-if sys.argv[1:]:
-    import onnxruntime
-    session = onnxruntime.InferenceSession("other/student.onnx")
-    arrays = {name: one.numpy() for name, one in inputs.items()}
-    logits.append(torch.from_numpy(session.run(None, arrays)[0]))
-print(json.dumps([one.softmax(-1).max(-1).values.tolist() for one in logits]))
+scores = []
+for folder, inputs in json.load(open("inputs.json")):
+    inputs = {name: torch.tensor(one) for name, one in inputs.items()}
+    logits = [torch.export.load(f"{folder}/student.pt2").module()(**inputs)]
+    if sys.argv[1:]:
+        import onnxruntime
+        session = onnxruntime.InferenceSession(f"{folder}_onnx/student.onnx")
+        arrays = {name: one.numpy() for name, one in inputs.items()}
+        logits.append(torch.from_numpy(session.run(None, arrays)[0]))
+    scores.append([one.softmax(-1).max(-1).values.tolist() for one in logits])
+print(json.dumps(scores))
 """
+BILSTM = "bilstm", "--bilstm-embedding", "64", "--bilstm-hidden", "48"
 
 
-@pytest.mark.parametrize(
-    "student",
-    [["bert"], ["bilstm", "--bilstm-embedding", "64", "--bilstm-hidden", "48"]],
-    ids=lambda x: x[0],
-)
-def test_export_in_fresh_process_equals_predict(teacher, data, run, student):
-    """The scores of predict(), without distill.py.
+def test_export_in_fresh_process_equals_predict(teacher, data, run):
+    """The scores of predict(), without distill.py, of both kinds of students.
 
     The numbers of texts and the lengths are others than in the run.
     """
     onnx = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
-    printed = run("--export", "pt2", "--epochs", "1", "--student", *student)
-    figures = report()["export"]
-    assert list(figures) == ["eager", "student.pt2"]
-    if onnx:
-        printed += run(
-            "--export", "onnx-int8", "--epochs", "1", "--output", "other", "--student", *student
-        )
-        figures |= report("other")["export"]
-        assert list(figures) == ["eager", "student.pt2", "student.onnx", "student_int8.onnx"]
-        assert figures["student_int8.onnx"]["bytes"] < 0.75 * figures["student.onnx"]["bytes"]
-        assert {file.suffix for file in Path("other").iterdir()} >= {
-            ".json",
-            ".csv",
-            ".png",
-            ".onnx",
-            ".safetensors",
-        }
+    texts = [text for text, _ in rows("test", 5)]
+    inputs = []
+    for folder, student in ("bert", ["bert"]), ("bilstm", BILSTM):
+        options = "--epochs", "1", "--student", *student
+        check_exports(run, folder, *options, "--export", "pt2")
+        if onnx:
+            figures = check_exports(run, f"{folder}_onnx", *options, "--export", "onnx-int8")
+            assert list(figures) == ["eager", "student.onnx", "student_int8.onnx"]
+            assert figures["student_int8.onnx"]["bytes"] < 0.75 * figures["student.onnx"]["bytes"]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        batch = tokenizer(texts, padding=True, return_token_type_ids=False)
+        inputs.append((folder, dict(batch)))
+
+    Path("inputs.json").write_text(json.dumps(inputs))
+    command = [sys.executable, "-c", FRESH, *["onnx"] * onnx]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    for (folder, _), scores in zip(inputs, found, strict=True):
+        expected = [one["score"] for one in distill.load_student(folder)(texts)]
+        assert len(scores) == 1 + onnx
+        assert all(one == pytest.approx(expected, abs=1e-5) for one in scores)
+
+
+def check_exports(run, folder, *options):
+    """Run with OUTPUT `folder`; returns its report's figures of the exports."""
+    printed = run("--output", folder, *options)
+    figures = report(folder)["export"]
+    assert {*figures} - {"eager"} <= {*os.listdir(folder)}
     for name, one in figures.items():
         assert f"export    {name}" in printed and (one["difference"] < 1e-5 or "int8" in name)
-        assert all(
-            0 < one[f"milliseconds_{size}"]["median"] <= one[f"milliseconds_{size}"]["p95"]
-            for size in (1, 32)
-        )
-    assert not [file for file in Path("distilled_model").iterdir() if file.is_dir()]
-
-    tokenizer, texts = (
-        AutoTokenizer.from_pretrained("distilled_model"),
-        [text for text, _ in rows("test", 5)],
-    )
-    inputs = dict(tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False))
-    Path("inputs.json").write_text(json.dumps({name: one.tolist() for name, one in inputs.items()}))
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, *["onnx"] * onnx], capture_output=True, text=True, check=True
-    )
-    expected = [one["score"] for one in distill.load_student("distilled_model")(texts)]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 1 + onnx and all(one == pytest.approx(expected, abs=1e-5) for one in found)
+        for size in 1, 32:
+            milliseconds = one[f"milliseconds_{size}"]
+            assert 0 < milliseconds["median"] <= milliseconds["p95"]
+    assert not [file for file in Path(folder).iterdir() if file.is_dir()]
+    return figures
 
 
 def test_export_refuses_graph_with_other_answers(teacher, data, fails, settings):

@@ -265,8 +265,8 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
         {"BATCHES_PER_POOL": 3},
     ]
     assert len({plain, *(run_id(**changes) for changes in different)}) == len(different) + 1
-    for name in {*distill.NOT_IN_RUN_ID, *distill.PATH_SETTINGS} - {"SOURCE"}:
-        assert run_id(**{name: "another"}) == plain
+    names = {*distill.NOT_IN_RUN_ID, *distill.PATH_SETTINGS} - {"SOURCE"}
+    assert run_id(**dict.fromkeys(names, "another")) == plain
     trainer.run_id_parts = [tiny_model(seed=1)]
     with_teacher = run_id()
     trainer.run_id_parts = [tiny_model(seed=2)]
