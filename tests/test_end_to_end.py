@@ -276,7 +276,7 @@ def test_run_of_sample_has_teacher_better_than_bag_of_words(capsys):
 
     A logistic regression on the words stays 8 points below the sample teacher, which reaches 95 %.
     """
-    distill.main(["--epochs", "2"])  # of the student
+    distill.main(["--epochs", "1"])  # of the student
     printed = capsys.readouterr().out
     assert len(re.findall("^teacher .*sample teacher", printed, re.M)) == 1
     assert (

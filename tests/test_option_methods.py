@@ -673,7 +673,14 @@ def test_build_student_with_all_layers_equals_teacher_of_family(settings, family
 
 
 @pytest.mark.parametrize(
-    "family, method", [(family, method) for family in FAMILIES for method in FAMILIES[family]]
+    "family, method",
+    [
+        (family, method)
+        for family in FAMILIES
+        for method in FAMILIES[family]
+        # these two differ from "kd" in the loss of the logits alone, which knows no family
+        if family == "roberta" or method not in ("mse", "none")
+    ],
 )
 def test_families_run_end_to_end(data, run, settings, family, method):
     save_family("finetuned_bert_japanese", family)

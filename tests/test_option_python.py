@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -15,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     ANY_TEXT,
+    DEFAULTS,
     LABELS,
     ROOT,
     SAMPLE,
+    SAVE_FIGURE,
     VOCABULARY,
     edit_json,
     outcome,
@@ -27,6 +30,7 @@ from conftest import (
     tiny_model,
     write_csv,
 )
+from fault_drill import Copy
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -472,12 +476,23 @@ for step in sys.argv[1:]:
     (tmp_path / "my_losses.py").write_text(theirs, "utf-8")
     (tmp_path / "mine.py").write_text(script, "utf-8")
 
-    def resumes(*steps):
-        command = [sys.executable, "mine.py", *steps]
-        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-        return ["goes on after epoch 1" in part for part in done.stdout.split("step\n")[1:]]
+    def run_as_script():
+        """In a copy of this process, which differs from a new one by the tests it has loaded."""
+        for name, module in [*sys.modules.items()]:
+            file = str(getattr(module, "__file__", ""))
+            if name not in ("distill", "conftest") and distill.is_own_file(file):
+                del sys.modules[name]
+        for name, value in DEFAULTS.items():
+            setattr(distill, name, value)
+        distill.Figure.savefig = SAVE_FIGURE
+        sys.argv = ["mine.py", "pass"]
+        runpy.run_path("mine.py", run_name="__main__")
 
-    assert resumes("pass") == [False]
+    def resumed(printed):
+        return ["goes on after epoch 1" in part for part in printed.split("step\n")[1:]]
+
+    status, printed = Copy(run_as_script).end()
+    assert status == 0 and resumed(printed) == [False], printed
     steps = [
         ("pass", True),
         ("SCALE = 2", False),
@@ -490,7 +505,9 @@ for step in sys.argv[1:]:
         ("my_losses.SCALES[0] = 3", False),
         ("pass", True),
     ]
-    assert resumes(*(step for step, _ in steps)) == [expected for _, expected in steps]
+    command = [sys.executable, "mine.py", *(step for step, _ in steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert resumed(done.stdout) == [expected for _, expected in steps], done.stdout
 
 
 def test_hash_of_without_a_hash_never_resumes(splits, capsys):

@@ -140,7 +140,6 @@ def test_make_teacher_clears_lock_of_killed_run(data, run):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"problem_type": "multi_label_classification"},
         {"problem_type": "multi_label_classification", "labels": ("a", "b", "c")},
         {"problem_type": "regression", "labels": ("score",)},
     ],
