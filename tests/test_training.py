@@ -472,11 +472,6 @@ class Mine(distill.CustomTrainer):
 distill.METHODS["kd"] = Mine""",
         """
 ours = distill.distillation_loss
-def mine(logits, *labels, factor=factor):
-    return factor * ours(logits, *labels)
-distill.distillation_loss = mine""",
-        """
-ours = distill.distillation_loss
 def mine(logits, hard_labels, soft_labels, *, factor=factor):
     return factor * ours(logits, hard_labels, soft_labels)
 distill.distillation_loss = mine""",

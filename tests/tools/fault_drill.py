@@ -151,7 +151,7 @@ def prepare(folder):
 
     save_model(Path(folder, "base"))
     Path(folder, "data").mkdir()
-    for split, n in ("train", 200), ("val", 40), ("test", 40):
+    for split, n in ("train", 100), ("val", 20), ("test", 20):
         write_csv(Path(folder, "data", f"{split}.csv"), rows(split, n))
 
 
