@@ -34,19 +34,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 
 import distill  # noqa: E402
 
-
-def remember(module):
-    """Let parts of the run's id be worked out once, not in each run, of which they are a half."""
-    module.other_statements = functools.cache(module.other_statements)
-    if module is distill:
-        distill.is_own_file = functools.cache(distill.is_own_file)
-        distill.global_names = functools.cache(distill.global_names)
-    else:  # what these two return is the same in an edited copy
-        module.is_own_file, module.global_names = distill.is_own_file, distill.global_names
-
-
-remember(distill)
-
 # What is imported stays, so that the garbage collector need not look at it again and again. (At
 # its own threshold, of some hundred new objects, it would take an eighth of a run.)
 gc.collect()
@@ -280,7 +267,7 @@ def load_edited(*changes):
     module = importlib.util.module_from_spec(spec)
     sys.modules["edited"] = module  # where its classes are looked up
     exec(compiled(source), vars(module))
-    remember(module)
+    module.global_names = distill.global_names  # it remembers what it has looked up
     return module
 
 
