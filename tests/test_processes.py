@@ -60,7 +60,12 @@ def test_run_under_torchrun(teacher, data):
     """torchrun's own launcher, but with copies of this process in place of new ones."""
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(1, 1, 2, run_id="test", start_method="fork", **rendezvous)
-    launch = elastic_launch(config, distill.main)
+
+    def run_rank(arguments):
+        distill.PartialState._reset_state()  # that of runs before, in this process
+        distill.main(arguments)
+
+    launch = elastic_launch(config, run_rank)
     status, said = Copy(launch, [*TINY, "--epochs", "1"]).end()
     assert status == 0, said
     assert said.count("labelled 80 texts") == 1 and report()["epochs"] == 1
