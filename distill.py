@@ -415,9 +415,8 @@ def train_epoch(trainer, epoch):
 
     loss_sum, val_loss_sum, n_correct = sum_over_processes(loss_sum, *validate(trainer))
     if not math.isfinite(loss_sum + val_loss_sum):
-        raise Problem(
-            f"the loss of epoch {epoch} is not a number. Lower LEARNING_RATE = {LEARNING_RATE}."
-        )
+        rate = trainer.args.learning_rate
+        raise Problem(f"the loss of epoch {epoch} is no number. Lower LEARNING_RATE (now {rate}).")
     n_val_texts = len(trainer.eval_dataset)
     return {
         "epoch": epoch,
@@ -3261,7 +3260,7 @@ def read_unlabeled(n_classes=None):
     if SOFT_LABELS_COLUMN:
         rows, faults = parse_soft_labels(rows, n_classes)
         refuse_faulty_rows("UNLABELED", short_list([*parts]), faults)
-        rows = rows.remove_columns(SOFT_LABELS_COLUMN)
+        rows = rows.select_columns([*text_columns(), "teacher_probabilities"])
 
     is_valid = np.array([all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())])
     if not is_valid.any():

@@ -267,7 +267,6 @@ def load_edited(*changes):
     module = importlib.util.module_from_spec(spec)
     sys.modules["edited"] = module  # where its classes are looked up
     exec(compiled(source), vars(module))
-    module.global_names = distill.global_names  # it remembers what it has looked up
     return module
 
 

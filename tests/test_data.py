@@ -1072,7 +1072,7 @@ def class_labels(teacher_names, **names):
     datasets.DatasetDict(splits).save_to_disk("saved")
     Path(distill.CACHE).mkdir(exist_ok=True)
     distill.DATA = "saved"
-    found = outcome(distill.load_data, {name: n for n, name in enumerate(teacher_names)})
+    found = outcome(distill.load_data, teacher_names)
     if isinstance(found, distill.Problem):
         return str(found)
     return {split: rows["labels"][:] for split, rows in found[0].items()}

@@ -80,5 +80,5 @@ def test_train_baseline_takes_every_student(teacher, data, run, student):
 
 def test_check_settings_refuses_baseline_of_the_baseline(teacher, data, fails):
     message = fails("--baseline", "True", "--method", "none")
-    assert "BASELINE = True: METHOD = 'none' is the baseline itself" in message
+    assert "METHOD = 'none': does without the teacher: it is the BASELINE" in message
     assert "BASELINE = 'yes': must be True or False" in fails("--baseline", "yes")

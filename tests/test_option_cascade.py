@@ -271,7 +271,7 @@ def test_load_student_takes_teacher_with_the_labels_in_another_order(student):
 
 def test_load_student_refuses_report_without_threshold(student, teacher):
     edit_json(student / "report.json", cascade=None)
-    with pytest.raises(distill.Problem, match="holds no threshold of a cascade.* Give one"):
+    with pytest.raises(distill.Problem, match="threshold.* = None: must be a number"):
         distill.load_student(student, teacher)
 
 

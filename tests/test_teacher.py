@@ -1,5 +1,6 @@
 """Teacher: a folder as strangers leave it, its checks, its soft labels and their cache."""
 
+import functools
 import json
 import math
 import sys
@@ -594,7 +595,7 @@ def test_add_soft_labels_resumes_stopped_pass(teacher, data, run, monkeypatch):
 def test_warn_if_timed_on_other_hardware_logs_note(teacher, data, run, monkeypatch):
     assert notes(run("--epochs", "2")).count("another processor") == 0
     assert notes(run("--epochs", "2")).count("another processor") == 0
-    monkeypatch.setattr(distill.torch, "get_num_threads", lambda: 99)
+    monkeypatch.setattr(distill.torch, "get_num_threads", functools.partial(int, 99))
     assert (
         "the teacher's seconds are from a run with another processor or number of threads"
         in notes(run("--epochs", "2"))

@@ -129,7 +129,7 @@ def test_record_epoch_logs_metrics_to_trackers(teacher, data, run, monkeypatch):
 def test_raise_if_not_finite_names_learning_rate(teacher, data, fails):
     message = fails("--learning-rate", "1e30", "--max-grad-norm", "1e30")
     assert (
-        "loss is not a number any more in epoch" in message
+        "the loss of epoch 1 is no number" in message
         and "Lower LEARNING_RATE (now 1e+30)" in message
     )
 
@@ -331,7 +331,7 @@ def test_training_run_id_holds_the_code(teacher, data, capsys):
         ('OUTPUT = "./distilled_model"  # folder', 'OUTPUT = "./elsewhere"  # a folder'),
         (LAST_STEP, f"{LAST_STEP}        # mine\n"),
         ('    """Return the mean over a batch of ALPHA', '    """My loss: ALPHA'),
-        ("It has its teacher's faults", "It has all of its teacher's faults"),
+        ("It inherits its teacher's mistakes", "It inherits all of its teacher's mistakes"),
         ("SAVE_SECONDS = 60", "SAVE_SECONDS = 61"),
         ('REPORT_TO = "none"  #', 'REPORT_TO = ("none")  #'),
     )
