@@ -2573,7 +2573,8 @@ def content_of(value, ignored):
     if isinstance(value, CodeType):  # without names, lines and docstring
         arguments = value.co_varnames, value.co_argcount, value.co_kwonlyargcount
         has_stars = value.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-        return code_steps(value), arguments, has_stars, value.co_exceptiontable
+        steps, _, constants = code_steps(value)
+        return steps, constants, arguments, has_stars, value.co_exceptiontable
     if isinstance(value, FunctionType) and is_own(value):
         module = value.__globals__
         names = global_names(value.__code__) & module.keys()
@@ -2603,16 +2604,24 @@ def is_own(value):
 
 @functools.cache
 def code_steps(code):
-    """Return the instructions of a code object, (name, argument) each."""
-    return tuple((step.opname, step.argval) for step in dis.get_instructions(code))
+    """Return (the instructions of a code object, as text; the names it looks up; its constants)."""
+    steps, names, constants = [], set(), []
+    for step in dis.get_instructions(code):
+        argument = step.argval
+        if "CONST" in step.opname:
+            constants.append(argument)
+            argument = None
+        elif "NAME" in step.opname or "GLOBAL" in step.opname:
+            names.add(argument)
+        steps.append((step.opname, argument))
+    return repr(steps), names, constants
 
 
 @functools.cache
 def global_names(code):
     """Return the names that a code object, or a function in it, looks up in its module."""
-    steps = code_steps(code)
-    names = {argument for name, argument in steps if "NAME" in name or "GLOBAL" in name}
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    _, names, constants = code_steps(code)
+    inner = [constant for constant in constants if isinstance(constant, CodeType)]
     return names.union(*map(global_names, inner))
 
 
