@@ -2587,7 +2587,7 @@ def content_of(value, ignored):
     members = {}
     for key, member in sorted(vars(value).items()):
         # not what Python and transformers note in a class
-        counts = is_own(value) and not re.search("^__|cache|^_abc_impl", key)
+        counts = is_own(value) and not re.search("^__|_cached_value$|^_abc_impl$", key)
         if counts or (isinstance(member, FunctionType) and is_own(member)):
             members[key] = member
     name = getattr(value, "__module__", ""), getattr(value, "__qualname__", value.__name__)
@@ -2636,8 +2636,10 @@ def other_statements():
 def own_files():
     """Return the hashes of the user's own modules: those loaded, or imported in a function."""
     files = {str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]}
-    sources = [SOURCE, *(Path(file).read_text("utf-8") for file in filter(is_own_file, files))]
-    for name in re.findall(r"^[ \t]+(?:import|from) ([\w.]+)", "\n".join(sources), re.MULTILINE):
+    source = SOURCE
+    for file in filter(os.path.isfile, filter(is_own_file, files)):
+        source += "\n" + Path(file).read_text("utf-8", "replace")
+    for name in re.findall(r"^[ \t]+(?:import|from) ([\w.]+)", source, re.MULTILINE):
         with contextlib.suppress(ImportError, AttributeError, ValueError):
             files.add(str(importlib.util.find_spec(name).origin))
     scripts = __file__, str(getattr(sys.modules["__main__"], "__file__", ""))
