@@ -518,7 +518,7 @@ def save_results(student, tokenizer, history, results, answers, run_info):
     return report
 
 
-# ──────────── That is the method. Below: what it rests on (Word vectors first), options ───────────
+# ─────────────── That is the method. Below: what it rests on, then options. ───────────────
 
 
 # ── Report files: console, table, plot, model card ────────────────────────────────────────────────
@@ -555,7 +555,7 @@ def log(stage, message):
 
 
 def note(message):
-    """Print what a run goes on in spite of, but the user should look at."""
+    """Print something that does not stop a run, but that the user should look at."""
     log("note", message)
 
 
@@ -1256,13 +1256,8 @@ SPLIT_NAMES = {  # what files, parts of a data set, or values in a column may ca
     "test": ["test", "testing", "テスト", "評価"],
 }
 SPLITS = tuple(SPLIT_NAMES)
-FILE_KINDS = (
-    ".csv",
-    ".tsv",
-    ".jsonl",
-    ".json",
-    ".parquet",
-)  # branches of `read_part`; without labels also .txt
+# each a branch of `read_part`; texts without labels may also be a .txt
+FILE_KINDS = ".csv", ".tsv", ".jsonl", ".json", ".parquet"
 TEXT_TYPES = "string", "large_string", "string_view", "null"  # as Arrow and datasets name them
 COLUMN_ADVICE = (
     "Set TEXT_COLUMN, TEXT_PAIR_COLUMN, LABEL_COLUMN and SOFT_LABELS_COLUMN; a .csv (commas) or "
@@ -1798,11 +1793,13 @@ def json_rows(path, file):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.rstrip())
+                value = json.loads(line.rstrip(), object_pairs_hook=object_of)
             except json.JSONDecodeError as error:
-                raise fault(
-                    f"line {number + error.lineno - 1}", f"not JSON ({error.msg})"
-                ) from None
+                where = f"line {number + error.lineno - 1}"
+                raise fault(where, f"not JSON ({error.msg})") from None
+            except ValueError as error:  # of object_of
+                where = "in the list" if is_list else f"line {number}"
+                raise fault(where, str(error)) from None
             yield from value if is_list else [value]
 
     names = {}
@@ -1813,6 +1810,13 @@ def json_rows(path, file):
     yield [*names]
     for row in objects():
         yield {name: json_text(value, name) for name, value in row.items()}
+
+
+def object_of(pairs):
+    """Return a JSON object, given as pairs, as a dict; ValueError for a key that occurs twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key occurs twice in {dict(pairs)!r:.99}")
+    return dict(pairs)
 
 
 def json_text(value, name):
@@ -2434,6 +2438,8 @@ def warn_if_timed_on_other_hardware(outputs, path):
 
 # ── Trainer and checkpoints ───────────────────────────────────────────────────────────────────────
 
+# what training does not depend on: settings of what comes after it, texts that only describe, what
+# records the command line, a lock (PATH_SETTINGS are left out, too)
 NOT_IN_RUN_ID = {
     "REPORT_TO",
     "EXPORT",
@@ -3270,7 +3276,7 @@ def read_unlabeled(n_classes=None):
     rows = join_parts("UNLABELED", parts, columns)
     if SOFT_LABELS_COLUMN:
         rows, faults = parse_soft_labels(rows, n_classes)
-        refuse_faulty_rows("UNLABELED", short_list([*parts]), faults)
+        refuse_faulty_rows("UNLABELED", " + ".join(parts), faults)
         rows = rows.select_columns([*text_columns(), "teacher_probabilities"])
 
     is_valid = np.array([all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())])
@@ -4983,13 +4989,16 @@ def option_faults():
     if missing:
         yield f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}"
     if GENERATOR and not AUGMENT and "KL′" not in METHODS[METHOD].terms:
-        yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD that rewrites"
+        rewriting = [name for name, trainer in METHODS.items() if "KL′" in trainer.terms]
+        methods = one_of(rewriting)
+        yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD of {methods}"
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
     if not METHODS[METHOD].learns_from and (BASELINE or UNLABELED or AUGMENT):
         yield (
             f"METHOD = {METHOD!r}: does without the teacher: it is the BASELINE itself, and cannot "
-            "learn from UNLABELED and AUGMENT, which only the teacher labels"
+            "learn from UNLABELED and AUGMENT, which only the teacher labels; leave these out, or "
+            "choose another METHOD"
         )
     if SOFT_LABELS_COLUMN and METHODS[METHOD].learns_from == "model":
         yield (

@@ -1282,3 +1282,13 @@ def test_read_parquet_reads_needed_columns_alone(settings):
     assert found["train"]["text"][:] == [text for text, _ in rows("train", 12)]
     size = sum(p.stat().st_size for p in Path(distill.CACHE).rglob("*") if p.is_file())
     assert size < 100_000
+
+
+def test_json_rows_refuses_a_key_that_occurs_twice(teacher, data, fails):
+    """Which of two labels is meant is not certain."""
+    lines = [f'{{"text": "雨{n}", "label": {n % 2}}}' for n in range(40)]
+    lines[6] = '{"text": "雨", "label": 0, "label": 1}'
+    for content, where in ("\n".join(lines), "line 7"), (f"[{', '.join(lines)}]", "in the list"):
+        Path("all.json").write_text(content, "utf-8")
+        message = fails("--data", "all.json")
+        assert f"all.json, {where}: " in message and "twice in {'text': '雨'" in message
