@@ -103,6 +103,7 @@ STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretraine
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
 REFIT_WORDS = 2  # word vectors are fitted to this many teacher layers; 0: they stay as they are
 DROPOUT = None  # in training ("bert" only); None: as in the model that it starts from
+WORD_DROPOUT = None  # share of tokens hidden in training; None: 0.3 for < 10,000 texts, else 0
 # Loss
 METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
 ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 1 - ALPHA
@@ -163,7 +164,7 @@ def run():
         collate_fn = make_collate_fn(student_tokenizer)
         log_student(student, teacher)
         untrained = copy.deepcopy(student) if BASELINE else None
-        trainer = make_trainer(student, data, collate_fn, METHODS[METHOD])
+        trainer = make_trainer(student, data, collate_fn, METHODS[METHOD], hides_words=True)
         trainer.set_up_method(teacher, tokenizer)
 
     with timed_stage("training", stage_seconds):
@@ -178,9 +179,9 @@ def run():
 
     with timed_stage("evaluation", stage_seconds):
         predictions = {split: predict(trainer, rows) for split, rows in data.items()}
-        results = evaluate(predictions, label_names)
+        results = evaluate(predictions, label_names, baseline)
         answers = answer_table(test_texts, predictions["test"], label_names)
-    run_info = {"teacher": teacher_info, "baseline": baseline, "seconds": stage_seconds}
+    run_info = {"teacher": teacher_info, "seconds": stage_seconds}
     report = save_results(student, student_tokenizer, history, results, answers, run_info)
     print(format_report(report))
     if EXPORT:
@@ -300,6 +301,7 @@ class CustomTrainer(Trainer):
     learns_from = "probabilities"  # of the teacher; or "model", if it needs more; or None
     terms = ()  # of the loss of a MethodTrainer
     softens = True  # False: T = 1 in the soft labels
+    word_dropout = 0  # see `hide_words`
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
     run_id_parts = ()  # what training depends on besides settings, data, models and `extra_state`
 
@@ -325,7 +327,8 @@ class CustomTrainer(Trainer):
         batch_size = self.args.train_batch_size
         order = length_grouped_order(lengths, batch_size, SEED + int(self.state.epoch or 0))
         batches = batches_of_this_process(order, batch_size)
-        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        collate_fn = functools.partial(hide_words, self.word_dropout, self.data_collator)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=collate_fn)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Batches of validation texts, divided among the processes."""
@@ -490,14 +493,15 @@ def predict(trainer, rows):
     }
 
 
-def evaluate(predictions, label_names):
-    """Return what the report says about "teacher", "student", and the two together ("cascade").
+def evaluate(predictions, label_names, baseline):
+    """Return what the report says about teacher and student: each, compared, and as a cascade.
 
     predictions: {split: what `predict` returns}. Each model has "splits", {split: metrics}, and
     what `evaluate_labels` returns for test. To add a metric, add it to `compute_metrics`.
     """
-    test = predictions["test"]
-    results = {"cascade": evaluate_cascade(predictions["val"], test)}
+    val, test = predictions["val"], predictions["test"]
+    results = {**compare_with_teacher(test), "cascade": evaluate_cascade(val, test)}
+    results |= evaluate_baseline(baseline, test) if baseline else {}
     for role in "teacher", "student":
         splits = {split: compute_metrics(outputs, role) for split, outputs in predictions.items()}
         results[role] = {"splits": splits, **evaluate_labels(test, role, label_names)}
@@ -617,14 +621,14 @@ def make_report(student, history, results, run_info, folder):
     """Return the report, a dict (see README.md). folder: where the student has been saved."""
     teacher_test = results["teacher"]["splits"]["test"]
     student_test = results["student"]["splits"]["test"]
-    report = {
+    return {
+        **results,
         "teacher": {**run_info["teacher"], **results["teacher"]},
         "student": {
             "parameters": student.num_parameters(),
             "bytes": os.path.getsize(folder / "model.safetensors"),
             **results["student"],
         },
-        "kept": ratio(student_test["accuracy"], teacher_test["accuracy"]),
         "speedup": ratio(teacher_test["seconds"], student_test["seconds"]),
         "epochs": len(history),
         "best_epoch": best_epoch_of(history)["epoch"],
@@ -637,11 +641,7 @@ def make_report(student, history, results, run_info, folder):
             },
         },
         "hardware": hardware(),
-        "cascade": results["cascade"],
     }
-    if run_info["baseline"]:
-        report["baseline"] = run_info["baseline"]
-    return report
 
 
 def compute_metrics(outputs, role):
@@ -670,6 +670,45 @@ def compute_metrics(outputs, role):
         "seconds": seconds,
         "texts_per_second": ratio(len(labels), seconds),
     }
+
+
+def compare_with_teacher(outputs):
+    """Return kept, the student's accuracy over the teacher's, and kept_interval, that of 95 %.
+
+    Both are None if the teacher is never right. outputs: what `predict` returns.
+    """
+    student, teacher = is_right(outputs, "student"), is_right(outputs, "teacher")
+    accuracy = teacher.mean().item()
+    kept = ratio(student.mean().item(), accuracy)
+    if kept is None:
+        return {"kept": None, "kept_interval": None}
+    bounds = paired_interval(student - kept * teacher, kept)
+    return {"kept": kept, "kept_interval": [kept + bound / accuracy for bound in bounds]}
+
+
+def is_right(outputs, role):
+    """Return for each text 1 where a model predicts its label, else 0, as float64."""
+    return (outputs["logits"][role].argmax(-1) == outputs["labels"]).double()
+
+
+def paired_interval(differences, factor=1):
+    """Return (low, high), the 95 % interval of the mean of `is_right` of a - factor * that of b."""
+    sums = differences.sum().item(), differences.square().sum().item()
+    return normal_interval(*sums, len(differences), factor, 1.96)
+
+
+def normal_interval(total, total_squares, n_texts, factor, sigmas):
+    """Return the mean - and + `sigmas` standard errors, from the sums for `paired_interval`.
+
+    Two texts are added first, one that only the one model answers rightly and one that only the
+    other does: without them, the interval of few texts would be too narrow (Bonett and Price 2012,
+    doi:10.3102/1076998611411915).
+    """
+    n_texts += 2
+    mean = (total + 1 - factor) / n_texts
+    variance = (total_squares + 1 + factor**2) / n_texts - mean**2
+    half_width = sigmas * (variance / n_texts) ** 0.5
+    return mean - half_width, mean + half_width
 
 
 def ratio(numerator, denominator):
@@ -798,7 +837,11 @@ def format_report(report):
     if report["kept"] is None:
         lines.append("The teacher is wrong on every text of test.")
     else:
-        lines.append(f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy.")
+        low, high = report["kept_interval"]
+        lines.append(
+            f"On test the student keeps {report['kept']:.1%} of the teacher's accuracy "
+            f"(95% interval {100 * low:.1f} to {100 * high:.1f})."
+        )
     if report["speedup"] is not None:
         lines.append(
             f"The student is {report['speedup']:.1f} times as fast as the teacher (without "
@@ -807,7 +850,7 @@ def format_report(report):
     if report["kept"] is not None:
         lines += format_cascade(report["cascade"])
     if "baseline" in report:
-        lines.append(format_baseline(report))
+        lines.append(format_baseline(report["baseline"]))
     return "\n".join(lines)
 
 
@@ -2014,6 +2057,7 @@ MAX_CHARACTERS = 30_000  # of a text that are read: far more than any MAX_LENGTH
 MAX_UNKNOWN_SHARE = 0.03  # of a split's tokens; a vocabulary that fits the texts knows nearly all
 TEXTS_PER_PROCESS = 100_000  # fewer would not pay for starting another process to tokenize
 TOKENS_PER_BATCH = 2048  # of inference: enough to keep the processor busy, and they fit its cache
+FEW_TEXTS = 10_000  # of training: fewer are learned by heart, unless words are hidden
 BATCHES_PER_POOL = 16  # batches of training whose texts are sorted by length together
 MECAB_LOCK = threading.Lock()  # MeCab answers one thread at a time
 ID_COLUMNS = "input_ids", "token_type_ids"
@@ -2262,6 +2306,33 @@ def collate(rows, pad_token_id=0):
     return batch
 
 
+def word_dropout(n_texts):
+    """Return WORD_DROPOUT, or what None stands for with n_texts to train on."""
+    default = 0.3 if n_texts < FEW_TEXTS and can_hide_words() else 0
+    return default if WORD_DROPOUT is None else WORD_DROPOUT
+
+
+def can_hide_words():
+    """Whether WORD_DROPOUT applies: other METHODs rewrite texts, a Bi-LSTM reads every token."""
+    return STUDENT == "bert" and not METHODS[METHOD].terms
+
+
+def hide_words(share, collate_fn, rows):
+    """Return collate_fn(rows), with a share of the tokens taken out of the attention.
+
+    So a student cannot learn a few texts by heart (word dropout, Iyyer et al. 2015, P15-1162). The
+    first token of a text, [CLS], and its last, with all that are equal to it, [SEP], stay.
+    """
+    batch = collate_fn(rows)
+    if share == 0:
+        return batch
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    is_special = ids == ids.gather(1, mask.sum(1, keepdim=True) - 1)
+    is_special[:, 0] = True
+    is_hidden = (torch.rand(ids.shape) < share) & ~is_special
+    return batch | {"attention_mask": mask.masked_fill(is_hidden, 0)}
+
+
 def rows_of(columns):
     """Return columns, a dict of lists, as a list of dicts."""
     return [
@@ -2455,12 +2526,11 @@ NOT_IN_RUN_ID = {
 }
 
 
-def make_trainer(
-    model, data, collate_fn, trainer_class, epochs=None, learning_rate=None, patience=None
-):
+def make_trainer(model, data, collate_fn, trainer_class, hides_words=False, **training):
     """Return a trainer on the CPU. It provides AdamW, the schedule, callbacks and trackers.
 
-    epochs, learning_rate, patience: instead of those in the settings.
+    hides_words: whether WORD_DROPOUT applies. training: epochs, learning_rate and patience, if
+    other than in the settings.
     """
     default_rate = BILSTM_LEARNING_RATE if STUDENT == "bilstm" else LEARNING_RATE
     with as_problem(f"REPORT_TO = {REPORT_TO!r}", 'Install what is missing, or set "none"'):
@@ -2468,9 +2538,9 @@ def make_trainer(
             output_dir=CACHE,
             use_cpu=True,
             seed=SEED,
-            num_train_epochs=epochs or EPOCHS,
+            num_train_epochs=training.get("epochs", EPOCHS),
             per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=learning_rate or default_rate,
+            learning_rate=training.get("learning_rate", default_rate),
             lr_scheduler_type=SCHEDULE,
             warmup_steps=WARMUP_STEPS,
             weight_decay=WEIGHT_DECAY,
@@ -2490,8 +2560,12 @@ def make_trainer(
             data_collator=collate_fn,
             train_dataset=data["train"],
             eval_dataset=data["val"],
-            callbacks=[EarlyStoppingCallback(patience or PATIENCE)],
+            callbacks=[EarlyStoppingCallback(training.get("patience", PATIENCE))],
         )
+    if hides_words:
+        trainer.word_dropout = word_dropout(len(data["train"]))
+    if trainer.word_dropout:
+        log("training", f"{trainer.word_dropout:.0%} of a text's tokens are hidden (WORD_DROPOUT)")
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -3093,8 +3167,7 @@ DEFAULT_TEACHER = "./finetuned_bert_japanese"
 def find_teacher():
     """Return (name, recipe): the teacher's folder or hub name, and how it is to be made.
 
-    recipe: a dict of base and training (epochs, learning rate, patience); None if the
-    teacher is there.
+    recipe: a dict of base and training (see `make_trainer`); None if the teacher is there.
     name: None if there is no teacher, only its answers (SOFT_LABELS_COLUMN) and STUDENT_INIT.
     """
     is_sample = DATA == "tests/sample"
@@ -3111,7 +3184,7 @@ def find_teacher():
         note(f"{TEACHER} is used as it is; delete it to have it made from {TEACHER_BASE}")
         return TEACHER, None
     log("teacher", f"no {TEACHER} yet: {TEACHER_BASE} is fine-tuned into it")
-    training = TEACHER_EPOCHS, TEACHER_LEARNING_RATE, PATIENCE
+    training = {"epochs": TEACHER_EPOCHS, "learning_rate": TEACHER_LEARNING_RATE}
     return TEACHER, {"base": TEACHER_BASE, "training": training}
 
 
@@ -3131,7 +3204,8 @@ def find_sample_teacher():
         f"no {TEACHER} here, and DATA is the sample: a small sample teacher stands in {state}",
     )
     base = Path(__file__).resolve().parent / DATA / "base"
-    return name, None if is_made else {"base": str(base), "training": (6, 1e-3, 6)}
+    training = {"epochs": 6, "learning_rate": 1e-3, "patience": 6}
+    return name, None if is_made else {"base": str(base), "training": training}
 
 
 def teacher_of_student(folder):
@@ -3150,8 +3224,7 @@ def make_teacher(name, recipe, config, tokenizer, label_names, data, collate_fn)
         model = classifier_class(config)(config)
     else:
         model = on_main_process(lambda: load_model(TEACHER_BASE, "TEACHER_BASE", config))
-    training = recipe["training"]
-    trainer = make_trainer(model, data, collate_fn, HardLabelTrainer, *training)
+    trainer = make_trainer(model, data, collate_fn, HardLabelTrainer, **recipe["training"])
     checkpoint_path = Path(CACHE, "teacher_checkpoint.pt")
     train(trainer, checkpoint_path, use_best_if_stopped=False)
     if rank() == 0:
@@ -4042,14 +4115,15 @@ BASELINE = False  # True: also train the same student on the hard labels alone, 
 
 
 def train_baseline(student, data, collate_fn):
-    """Train the student on the hard labels alone; return its metrics, a dict.
+    """Train the student on the hard labels alone; return its history and predictions, a dict.
 
-    Return None if Ctrl-C stops it, and in every process but the first.
+    predictions: {"val" and "test": what `predict` returns}. Return None if Ctrl-C stops it, and in
+    every process but the first.
     student: as it was before its distillation. It becomes what METHOD "none" gives, but for the
     word vectors, which are fitted to the texts of UNLABELED and AUGMENT, too.
     """
     log("baseline", "the same student, from the same start, is trained on the hard labels alone")
-    trainer = make_trainer(student, data, collate_fn, HardLabelTrainer)
+    trainer = make_trainer(student, data, collate_fn, HardLabelTrainer, hides_words=True)
     try:
         history = train(trainer, Path(CACHE, "baseline_checkpoint.pt"), use_best_if_stopped=False)
     except KeyboardInterrupt:
@@ -4060,27 +4134,40 @@ def train_baseline(student, data, collate_fn):
     if rank() != 0:
         return None
     predictions = {split: predict(trainer, data[split]) for split in ("val", "test")}
-    return {
+    return {"history": history, "predictions": predictions}
+
+
+def evaluate_baseline(baseline, test):
+    """Return {"baseline": its metrics, and what the student gains over it on test}.
+
+    gain is in accuracy, gain_interval its interval of 95 %. test: what `predict` returns.
+    """
+    predictions, history = baseline["predictions"], baseline["history"]
+    gains = is_right(test, "student") - is_right(predictions["test"], "student")
+    figures = {
         "splits": {
             split: compute_metrics(outputs, "student") for split, outputs in predictions.items()
         },
         "epochs": len(history),
         "best_epoch": best_epoch_of(history)["epoch"],
+        "gain": gains.mean().item(),
+        "gain_interval": paired_interval(gains),
     }
+    return {"baseline": figures}
 
 
-def format_baseline(report):
-    baseline = report["baseline"]["splits"]["test"]
-    gain = report["student"]["splits"]["test"]["accuracy"] - baseline["accuracy"]
+def format_baseline(baseline):
+    test = baseline["splits"]["test"]
+    gain, low, high = (100 * value for value in (baseline["gain"], *baseline["gain_interval"]))
     return (
-        f"Hard labels alone: accuracy {baseline['accuracy']:.4f}, agreement "
-        f"{baseline['agreement']:.4f}; distillation is worth {100 * gain:+.1f} points of accuracy."
+        f"Hard labels alone: accuracy {test['accuracy']:.4f}, agreement {test['agreement']:.4f}; "
+        f"distillation is worth {gain:+.1f} points of accuracy ({low:+.1f} to {high:+.1f})."
     )
 
 
 # ── Option: a cascade, in which the teacher answers where the student is unsure ───────────────────
 
-CASCADE_KEEPS = 0.99  # share of the teacher's accuracy on val that the two together must keep
+CASCADE_KEEPS = 0.99  # share of the teacher's accuracy that the two together must keep
 ASK_TEACHER = None  # in --predict: the probability up to which TEACHER is asked; "auto": as chosen
 
 
@@ -4088,26 +4175,37 @@ def evaluate_cascade(val, test):
     """Return how good and how fast student and teacher are together, a dict.
 
     The student answers every text. Where its probability is at most a threshold, the teacher
-    answers instead. The threshold is chosen on val: the lowest that keeps CASCADE_KEEPS of the
-    teacher's accuracy; 0 if the student keeps it alone.
+    answers instead. The threshold is the lowest at which val shows, with 95 % confidence, that the
+    two keep CASCADE_KEEPS of the teacher's accuracy. The highest is tried first, then lower ones
+    until one fails, so that none is chosen for its luck (Angelopoulos et al. 2021,
+    arXiv:2110.01052). If val is too small to show it, it is the lowest that keeps as much on val.
 
-    val, test: what `predict` returns. The dict: threshold; on test, share (of the texts that the
-    teacher is asked), accuracy, agreement and speedup (over the teacher alone); and curve, lists of
-    share, accuracy and speedup at every hundredth of the share. A speedup that is unknown is None.
+    val, test: what `predict` returns. The dict: threshold, 0 if the student needs no teacher;
+    is_promised, whether with confidence; val_kept, the share of the teacher's accuracy on val, and
+    val_kept_at_least; on test, kept, share (of the texts that the teacher is asked), accuracy,
+    agreement and speedup (over the teacher alone); and curve, lists of share, accuracy and speedup
+    at every hundredth of the share. What is unknown is None.
     """
     val_curve, test_curve = cascade_curve(val), cascade_curve(test)
-    target = CASCADE_KEEPS * val_curve["accuracy"].iloc[-1] - 1e-9  # all asked: the teacher alone
     # a threshold cannot separate texts of the same probability
-    thresholds = val_curve.drop_duplicates("threshold", keep="last")
-    threshold = thresholds.loc[thresholds["accuracy"] >= target, "threshold"].iloc[0]
-    at_threshold = test_curve[test_curve["threshold"] <= threshold].iloc[-1]
+    val_curve = val_curve.drop_duplicates("threshold", keep="last")
+    val_teacher, test_teacher = (is_right(part, "teacher").mean().item() for part in (val, test))
+    target = CASCADE_KEEPS * val_teacher - 1e-9
+    is_sure = (val_curve["accuracy_at_least"] >= target)[::-1].cummin()[::-1]
+    keeps = val_curve["accuracy"] >= target
+    chosen = val_curve[is_sure if is_sure.any() else keeps].iloc[0]
+    at_threshold = test_curve[test_curve["threshold"] <= chosen["threshold"]].iloc[-1]
 
     n_texts = len(test["labels"])
     n_asked = np.linspace(0, n_texts, min(n_texts, 100) + 1).round()
     points = test_curve[["share", "accuracy", "speedup"]].iloc[n_asked]
     return {
-        "threshold": float(threshold),
+        "threshold": float(chosen["threshold"]),
+        "is_promised": bool(is_sure.any()),
+        "val_kept": ratio(chosen["accuracy"], val_teacher),
+        "val_kept_at_least": ratio(chosen["accuracy_at_least"], val_teacher),
         **at_threshold[["share", "accuracy", "agreement", "speedup"]].to_dict(),
+        "kept": ratio(at_threshold["accuracy"], test_teacher),
         "curve": points.to_dict("list"),
     }
 
@@ -4116,26 +4214,37 @@ def cascade_curve(outputs):
     """Return what the two are together if the teacher is asked 0, 1, … all texts, a table.
 
     Those of which the student is least sure come first. A row for each number of texts, with the
-    columns threshold (the last text's probability), share, accuracy, agreement and speedup.
+    columns threshold (the last text's probability), share, accuracy, accuracy_at_least (with 95 %
+    confidence, if the teacher is as accurate as here), agreement and speedup.
     outputs: what `predict` returns.
     """
-    labels, seconds = outputs["labels"], outputs["seconds"]
+    seconds = outputs["seconds"]
     probability, answers = outputs["logits"]["student"].softmax(-1).max(-1)
-    teacher_answers = outputs["logits"]["teacher"].argmax(-1)
-    agrees = answers == teacher_answers
+    right, teacher_right = is_right(outputs, "student"), is_right(outputs, "teacher")
+    agrees = answers == outputs["logits"]["teacher"].argmax(-1)
     probability, order = probability.sort(stable=True)
 
     def sums(values, values_if_asked):  # over all texts, if the first 0, 1, … are asked
         changes = values_if_asked.double() - values.double()
         return values.double().sum() + F.pad(changes[order].cumsum(0), (1, 0))
 
-    n_texts = len(labels)
+    n_texts = len(right)
+    must_keep = CASCADE_KEEPS * teacher_right
+    surplus, teacher_surplus = right - must_keep, teacher_right - must_keep
+    surplus_at_least, _ = normal_interval(
+        sums(surplus, teacher_surplus),
+        sums(surplus.square(), teacher_surplus.square()),
+        n_texts,
+        factor=CASCADE_KEEPS,
+        sigmas=1.645,  # one-sided
+    )
     all_seconds = sums(seconds["student"], seconds["student"] + seconds["teacher"])
     teacher_seconds = seconds["teacher"].double().sum()  # 0: it ran elsewhere
     curve = {
         "threshold": F.pad(probability.double(), (1, 0)),
         "share": torch.arange(n_texts + 1.0, dtype=torch.float64) / n_texts,
-        "accuracy": sums(answers == labels, teacher_answers == labels) / n_texts,
+        "accuracy": sums(right, teacher_right) / n_texts,
+        "accuracy_at_least": surplus_at_least + must_keep.mean(),
         "agreement": sums(agrees, torch.ones_like(agrees)) / n_texts,
         "speedup": teacher_seconds / all_seconds,
     }
@@ -4144,22 +4253,32 @@ def cascade_curve(outputs):
 
 
 def format_cascade(cascade):
-    """Return the lines of the report about the cascade."""
-    keeps = f"{100 * CASCADE_KEEPS:.4g}% of the teacher's accuracy on val"
+    """Return the lines of the report about the cascade, with what it promises and keeps on test."""
     if cascade["threshold"] == 0:
-        return [f"Cascade: the student alone keeps {keeps}; it needs no teacher."]
-    line = (
-        f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
-        f"{cascade['agreement']:.4f}"
+        lines = ["Cascade: on val the student alone is enough; it needs no teacher."]
+    else:
+        line = (
+            f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
+            f"{cascade['agreement']:.4f}"
+        )
+        if cascade["speedup"] is not None:
+            line += f", {cascade['speedup']:.1f} times as fast as the teacher"
+        lines = [
+            f"Cascade: the teacher answers where the student's probability is at most "
+            f"{cascade['threshold']:.6g}",
+            line + ".",
+        ]
+    if cascade["val_kept"] is None:
+        return lines
+    on_val = (
+        f"On val this keeps {cascade['val_kept']:.1%} of the teacher's accuracy, with 95% "
+        f"confidence at least {cascade['val_kept_at_least']:.1%}"
     )
-    if cascade["speedup"] is not None:
-        line += f", {cascade['speedup']:.1f} times as fast as the teacher"
-    return [
-        f"Cascade: the teacher answers where the student's probability is at most "
-        f"{cascade['threshold']:.6g}",
-        line + ".",
-        f"This threshold was chosen to keep {keeps}.",
-    ]
+    promise, on_test = f"{100 * CASCADE_KEEPS:.4g}%", f"on test it keeps {cascade['kept']:.1%}"
+    if not cascade["is_promised"]:
+        return [*lines, f"{on_val}: val is too small to promise {promise}; {on_test}."]
+    held = "held" if cascade["kept"] >= CASCADE_KEEPS - 1e-9 else "did not hold"
+    return [*lines, f"{on_val}.", f"Promised is {promise}; {on_test}: the promise {held}."]
 
 
 def plot_cascade(report, folder):
@@ -4795,7 +4914,7 @@ SETTING_RULES = {
     "AUGMENT REFIT_WORDS": "a whole number from 0",
     "MAX_LENGTH": "a whole number from 4",
     "SEED": "a whole number from 0 to 2147483648",
-    "DROPOUT": "a number from 0 to 0.999 or None",
+    "DROPOUT WORD_DROPOUT": "a number from 0 to 0.999 or None",
     "ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
     "TRAIN_FRACTION CASCADE_KEEPS": "a number above 0 up to 1",
     "BASELINE": "True or False",
@@ -4922,11 +5041,6 @@ def parse_value(name, argument):
     return value
 
 
-def apply_settings(changes):
-    """Change settings: constants of this module, which functions read when they are called."""
-    globals().update(changes)
-
-
 def normalize_paths():
     """Expand ~ in the settings that are paths and take a slash at the end away."""
     for name in PATH_SETTINGS:
@@ -4994,6 +5108,9 @@ def option_faults():
         yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD of {methods}"
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
+    if WORD_DROPOUT and not can_hide_words():
+        methods = one_of([name for name, trainer in METHODS.items() if not trainer.terms])
+        yield f'WORD_DROPOUT = {WORD_DROPOUT}: needs STUDENT = "bert" and METHOD = {methods}'
     if not METHODS[METHOD].learns_from and (BASELINE or UNLABELED or AUGMENT):
         yield (
             f"METHOD = {METHOD!r}: does without the teacher: it is the BASELINE itself, and cannot "
@@ -5361,7 +5478,7 @@ def main(argv=None):
     try:
         changes, texts = read_command_line(argv)
         COMMAND_LINE_SETTINGS.update(changes)
-        apply_settings(changes)
+        globals().update(changes)  # functions read a setting when they are called
         normalize_paths()
         if texts is not None:
             show_predictions(texts)
@@ -5392,7 +5509,7 @@ def main(argv=None):
             "command goes on from here."
         )
     finally:
-        apply_settings(settings)
+        globals().update(settings)
         COMMAND_LINE_SETTINGS.clear()
 
 

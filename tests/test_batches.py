@@ -1,10 +1,12 @@
 """Batches: padding, order, and inference by a budget of tokens."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ODD_TEXTS, relative_error, rows
+from conftest import ODD_TEXTS, relative_error, report, rows
 from transformers import AutoTokenizer
 
 import distill
@@ -30,6 +32,85 @@ def test_collate_pads_to_longest_row():
         "token_type_ids": [[0, 0, 0, 1], [0, 1, 0, 0]],
         "labels": [1, 1],
     }
+
+
+# ── Word dropout ──
+
+PAIR = [2, 5, 6, 3, 7, 8, 9, 3]  # [CLS] 5 6 [SEP] 7 8 9 [SEP]
+SHORT = [2, 10, 3]
+EMPTY = [2, 3]
+
+
+def hidden(share, seed=0):
+    torch.manual_seed(seed)
+    table = [{"input_ids": ids, "labels": 0} for ids in (PAIR, SHORT, EMPTY)]
+    return distill.hide_words(share, distill.collate, table)
+
+
+def test_hide_words_takes_ordinary_tokens_only():
+    """By hand: with a share of nearly 1 only [CLS] and each [SEP] are left."""
+    batch = hidden(1 - 1e-7)
+    assert batch["attention_mask"].tolist() == [
+        [1, 0, 0, 1, 0, 0, 0, 1],
+        [1, 0, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+    ]
+    plain = hidden(0)
+    assert plain["attention_mask"].sum(1).tolist() == [8, 3, 2]
+    for name in "input_ids", "labels":  # all else stays as it is
+        assert torch.equal(batch[name], plain[name])
+
+
+def test_hide_words_takes_each_token_with_the_same_probability():
+    masks = torch.stack([hidden(0.3, seed)["attention_mask"][0] for seed in range(2000)])
+    shares = 1 - masks.double().mean(0)
+    assert shares[[0, 3, 7]].tolist() == [0, 0, 0]
+    # four standard deviations
+    assert (shares[[1, 2, 4, 5, 6]] - 0.3).abs().max() < 4 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+def test_run_hides_words_of_the_student_in_training_alone(teacher, data, run, monkeypatch):
+    seen = []
+    hide = distill.hide_words
+
+    def spy(share, collate_fn, table):
+        seen.append(share)
+        return hide(share, collate_fn, table)
+
+    monkeypatch.setattr(distill, "hide_words", spy)
+    run("--epochs", "1", "--word-dropout", "0.25", "--baseline", "True")
+    n_texts = report()["student"]["splits"]["train"]["examples"]
+    n_batches = math.ceil(n_texts / report()["settings"]["BATCH_SIZE"])
+    assert seen == [0.25] * 2 * n_batches  # an epoch of the student, and one of the baseline
+
+
+def test_train_hides_no_words_of_a_teacher_to_be_made(teacher, data, run, monkeypatch):
+    seen = set()
+    hide = distill.hide_words
+    monkeypatch.setattr(distill, "hide_words", lambda *args: seen.add(args[0]) or hide(*args))
+    base = "--teacher", "new", "--teacher-base", "finetuned_bert_japanese"
+    run(*base, "--teacher-epochs", "1", "--epochs", "1", "--word-dropout", "0.25")
+    assert seen == {0, 0.25}
+
+
+@pytest.mark.parametrize("options", [("--student", "bilstm"), ("--method", "mate")])
+def test_word_dropout_is_refused_where_it_cannot_apply(teacher, data, fails, settings, options):
+    assert "WORD_DROPOUT = 0.2: " in fails(*options, "--word-dropout", "0.2")
+    for faulty in "1", "-0.1", "'much'":
+        assert "WORD_DROPOUT = " in fails("--word-dropout", faulty)
+    settings.setattr(distill, options[0].strip("-").upper(), options[1])
+    assert distill.word_dropout(100) == 0
+
+
+def test_word_dropout_is_for_few_texts_unless_set(settings):
+    few = distill.FEW_TEXTS - 1
+    assert (distill.word_dropout(few), distill.word_dropout(few + 1)) == (0.3, 0)
+    for share in 0, 0.5:
+        settings.setattr(distill, "WORD_DROPOUT", share)
+        assert distill.word_dropout(few) == distill.word_dropout(few + 1) == share
+
+
+# ── Order ──
 
 
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 5000])

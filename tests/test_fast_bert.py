@@ -25,7 +25,8 @@ def pair(**changes):
 def batch(n, length, padding="some", seed=0):
     """n texts of `length` tokens.
 
-    padding: "none", "some" (random tails) or "tails" (each text, by at least one).
+    padding: "none", "some" (random tails), "tails" (each text, by at least one) or "holes" (half
+    of the tokens but the first, as word dropout hides them).
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (n, length), generator=generator)
@@ -37,6 +38,9 @@ def batch(n, length, padding="some", seed=0):
             else length
         )
         mask = (torch.arange(length) < keep).long().expand(n, length)
+    if padding == "holes":
+        mask = (torch.rand(n, length, generator=generator) < 0.5).long()
+        mask[:, 0] = 1
     kinds = torch.randint(0, 2, (n, length), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
 
@@ -67,7 +71,14 @@ def compare(stock, ours, inputs, logits, gradients):
 @pytest.mark.parametrize("layers", [1, 2, 12])
 @pytest.mark.parametrize(
     "n, length, padding",
-    [(1, 1, "none"), (33, 2, "some"), (33, 19, "tails"), (1, 512, "none"), (2, 512, "tails")],
+    [
+        (1, 1, "none"),
+        (33, 2, "some"),
+        (33, 19, "tails"),
+        (1, 512, "none"),
+        (2, 512, "tails"),
+        (9, 33, "holes"),
+    ],
 )
 def test_bert_for_sequence_classification_equals_stock_model(layers, n, length, padding):
     for dtype, logits, gradients in (torch.float32, 1e-5, 1e-4), (torch.float64, 1e-10, 1e-10):

@@ -83,7 +83,13 @@ def test_compute_loss_passes_only_inputs_to_the_model(teacher, data, run):
     model = BertForSequenceClassification.from_pretrained("distilled_model").eval()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1, "soft_labels": [0.2, 0.8]}]
     trainer = distill.make_trainer(
-        model, {"train": table, "val": table}, distill.collate, distill.CustomTrainer, 1, 1e-4, 3
+        model,
+        {"train": table, "val": table},
+        distill.collate,
+        distill.CustomTrainer,
+        epochs=1,
+        learning_rate=1e-4,
+        patience=3,
     )
     batch = distill.collate(table)
     loss, outputs = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=1)

@@ -20,8 +20,10 @@ def test_train_baseline_equals_method_none(teacher, data, run):
     gain = 100 * (student["accuracy"] - test["accuracy"])
     assert (
         f"Hard labels alone: accuracy {test['accuracy']:.4f}, agreement {test['agreement']:.4f}; "
-        f"distillation is worth {gain:+.1f} points of accuracy." in printed
+        f"distillation is worth {gain:+.1f} points of accuracy (" in printed
     )
+    low, high = baseline["gain_interval"]
+    assert 100 * baseline["gain"] == pytest.approx(gain) and low < baseline["gain"] < high
     run("--method", "none", "--output", "none")
     alone = report("none")
     expected = without_seconds(alone["student"]["splits"])

@@ -58,8 +58,15 @@ def test_evaluate_cascade_by_hand():
         "accuracy": [n / 8 for n in N_RIGHT],
         "speedup": [pytest.approx(16 / (1 + 2 * n)) for n in range(9)],
     }
+    # with it, surpluses over 0.99 of the teacher's: 4 × 0.01, 2 × 1 and 2 × -0.99; and 1 and -0.99
+    mean, squares = 0.07 / 10, (4 * 0.01**2 + 3 + 3 * 0.99**2) / 10
+    at_least = mean - 1.645 * ((squares - mean**2) / 10) ** 0.5 + 0.99 * 0.75
     assert cascade == {
         "threshold": pytest.approx(0.55, abs=1e-6),
+        "is_promised": False,
+        "val_kept": 1.0,
+        "val_kept_at_least": pytest.approx(at_least / 0.75),
+        "kept": 1.0,
         "share": 1 / 8,
         "accuracy": 6 / 8,
         "agreement": 4 / 8,  # they agree on the texts of 0.75, 0.80 and 0.95, and on the asked one
@@ -139,6 +146,59 @@ def test_evaluate_cascade_equals_brute_force():
         assert len(cascade["curve"]["share"]) == min(n_texts, 100) + 1
 
 
+# the student errs on the 20 of which it is least sure; the teacher is always right
+THOUSAND = [(0.5 + number / 2001, number > 20, True) for number in range(1, 1001)]
+
+
+def test_evaluate_cascade_promises_with_confidence():
+    """By hand: 10 of 1000 may be wrong. Of 5, one is 95 % sure of that; of 6, one is not."""
+    cascade = distill.evaluate_cascade(outputs(THOUSAND), outputs(THOUSAND, seed=1))
+    assert cascade["is_promised"]
+    assert cascade["share"] == pytest.approx(15 / 1000)
+    assert cascade["val_kept"] == cascade["kept"] == pytest.approx(995 / 1000)
+    total, squares = 995 * 0.01 - 5 * 0.99 + 0.01, 995 * 0.01**2 + 6 * 0.99**2 + 1
+    error = (squares / 1002 - (total / 1002) ** 2) ** 0.5 / 1002**0.5
+    at_least = total / 1002 - 1.645 * error + 0.99
+    assert cascade["val_kept_at_least"] == pytest.approx(at_least) and at_least > 0.99
+
+
+def test_evaluate_cascade_stops_at_the_first_threshold_that_is_not_sure():
+    """One lower threshold would do, but is not tried."""
+    # the most certain texts: 30 that the student alone gets wrong, then 60 that it alone gets right
+    lucky = [(0.80 + n / 1000, True, False) for n in range(60)]
+    unlucky = [(0.90 + n / 1000, False, True) for n in range(30)]
+    texts = [*THOUSAND[20:600], *lucky, *unlucky]
+    cascade = distill.evaluate_cascade(outputs(texts), outputs(texts))
+    assert cascade["is_promised"] and cascade["threshold"] > 0.9
+    assert cascade["val_kept"] < 1
+
+
+def test_evaluate_cascade_keeps_its_promise_on_other_texts():
+    """Of 100 validation sets, at least 90 give a threshold that keeps 99 % of the teacher's."""
+    generator = np.random.default_rng(0)
+
+    def draw(n_texts):
+        probability = generator.uniform(0.5, 1, n_texts)
+        is_right = generator.random(n_texts) < probability
+        teacher_is_right = generator.random(n_texts) < 0.93
+        return list(zip(probability, is_right.tolist(), teacher_is_right.tolist(), strict=True))
+
+    test = outputs(draw(20_000))
+    cascades = [distill.evaluate_cascade(outputs(draw(800)), test) for _ in range(100)]
+    assert all(cascade["is_promised"] for cascade in cascades)
+    n_held = sum(cascade["kept"] >= distill.CASCADE_KEEPS for cascade in cascades)
+    assert n_held >= 90
+    assert min(cascade["share"] for cascade in cascades) < 0.95  # not by asking everything
+
+
+def test_evaluate_cascade_where_the_teacher_is_never_right_on_val():
+    wrong = [(probability, False, False) for probability, *_ in EIGHT]
+    cascade = distill.evaluate_cascade(outputs(wrong), outputs(EIGHT))
+    assert cascade["threshold"] == 0
+    assert cascade["val_kept"] is cascade["val_kept_at_least"] is None
+    assert "None" not in "".join(distill.format_cascade(cascade))
+
+
 def test_evaluate_cascade_without_known_seconds_has_no_speed():
     test = outputs(EIGHT)
     test["seconds"]["teacher"] = torch.zeros(8)
@@ -165,11 +225,20 @@ def test_run_reports_cascade(teacher, data, run, monkeypatch, draws):
 
 
 def test_format_cascade_says_that_the_student_is_enough():
-    (line,) = distill.format_cascade({"threshold": 0.0})
-    assert line == (
-        "Cascade: the student alone keeps 99% of the teacher's accuracy on val; it needs no "
-        "teacher."
-    )
+    right = [(probability, True, True) for probability, *_ in THOUSAND]
+    cascade = distill.evaluate_cascade(outputs(right), outputs(right))
+    assert cascade["threshold"] == 0
+    first, on_val, on_test = distill.format_cascade(cascade)
+    assert "needs no teacher" in first and "On val this keeps 100.0%" in on_val
+    assert "on test it keeps 100.0%: the promise held." in on_test
+
+
+def test_format_cascade_says_that_val_is_too_small_or_the_promise_did_not_hold():
+    few = distill.format_cascade(distill.evaluate_cascade(outputs(EIGHT), outputs(EIGHT)))
+    assert "val is too small to promise 99%" in few[-1]
+    hard = outputs([(probability, False, True) for probability, *_ in THOUSAND])
+    lines = distill.format_cascade(distill.evaluate_cascade(outputs(THOUSAND), hard))
+    assert "on test it keeps 1.5%: the promise did not hold." in lines[-1]
 
 
 # ── load_student and --predict ──

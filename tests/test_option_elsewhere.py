@@ -75,7 +75,7 @@ def test_add_given_soft_labels_gives_the_student_of_the_teachers_pass(
     for line in printed.splitlines():
         if line.startswith("teacher  test"):
             assert line.split()[5:] == ["–", "–"]  # without seconds
-    kept = f"the student keeps {found['kept']:.1%} of the teacher's accuracy.\n"
+    kept = f"the student keeps {found['kept']:.1%} of the teacher's accuracy ("
     assert kept in printed and "teacher 0 parameters" not in printed and "None" not in printed
     assert "the probabilities in the column p" in Path("distilled_model/README.md").read_text()
 

@@ -144,9 +144,9 @@ def make(settings, tmp_path):
             data,
             distill.collate,
             distill.METHODS[method],
-            2,
-            1e-3,
-            9,
+            epochs=2,
+            learning_rate=1e-3,
+            patience=9,
         )
         if method in METHODS:
             trainer.set_up_method(teacher, tokenizer)

@@ -41,6 +41,76 @@ def test_compute_metrics_by_hand():
     }
 
 
+def outputs_with_right(student, teacher):
+    """What `predict` returns for texts that the models answer rightly (1) or not (0)."""
+
+    def logits(right):
+        return torch.eye(2)[1 - torch.tensor(right)]
+
+    labels = torch.zeros(len(student), dtype=torch.int64)
+    return {"labels": labels, "logits": {"student": logits(student), "teacher": logits(teacher)}}
+
+
+def test_compare_with_teacher_by_hand():
+    """Ten texts: both are right on 5, the student alone on 1, the teacher alone on 3."""
+    found = distill.compare_with_teacher(
+        outputs_with_right([1] * 6 + [0] * 4, [1] * 5 + [0] + [1] * 3 + [0])
+    )
+    kept = 6 / 8
+    assert found["kept"] == pytest.approx(kept)
+    # surpluses over `kept` of the teacher's: 5 × 1/4, 1, 3 × -3/4, 0; and the added 1 and -3/4
+    total, squares = 0 + 1 / 4, 5 / 16 + 1 + 3 * 9 / 16 + 1 + 9 / 16
+    error = (squares / 12 - (total / 12) ** 2) ** 0.5 / 12**0.5
+    bounds = [kept + (total / 12 + sign * 1.96 * error) / 0.8 for sign in (-1, 1)]
+    assert found["kept_interval"] == pytest.approx(bounds)
+
+
+def test_compare_with_teacher_that_is_never_right():
+    found = distill.compare_with_teacher(outputs_with_right([1, 0], [0, 0]))
+    assert found == {"kept": None, "kept_interval": None}
+
+
+def test_compare_with_teacher_is_not_sure_after_few_texts():
+    """Equal answers to few texts do not show that the models are equal."""
+    widths = []
+    for n_texts in 10, 1000:
+        low, high = distill.compare_with_teacher(outputs_with_right([1] * n_texts, [1] * n_texts))[
+            "kept_interval"
+        ]
+        assert low < 1 < high
+        widths.append(high - low)
+    assert widths[0] > 0.3 and widths[1] < 0.01
+
+
+def test_paired_interval_covers_the_truth():
+    """In about 95 of 100 samples the interval holds the true difference; paired, it is narrow."""
+    generator = torch.Generator().manual_seed(0)
+    n_covered = 0
+    for _ in range(200):
+        chance = torch.rand(300, generator=generator)
+        right, other = ((chance < 0.8).double() for _ in range(2))
+        changed = torch.rand(300, generator=generator) < 0.1
+        right[changed] = (torch.rand(300, generator=generator) < 0.6).double()[changed]
+        low, high = distill.paired_interval(right - other)
+        n_covered += low <= 0.1 * (0.6 - 0.8) <= high
+        assert high - low < 0.09  # 0.13 if they were not paired
+    assert 183 <= n_covered <= 198
+
+
+def test_evaluate_baseline_by_hand():
+    """Of ten texts the student alone is right on 3, the baseline alone on 1."""
+    test = outputs_with_right([1] * 7 + [0] * 3, [1] * 10)
+    alone = outputs_with_right([1] * 4 + [0] * 3 + [1] + [0] * 2, [1] * 10)
+    seconds = {"student": torch.ones(10)}
+    history = [{"epoch": 1, "val_loss": 1.0}]
+    baseline = {"history": history, "predictions": {"test": alone | {"seconds": seconds}}}
+    found = distill.evaluate_baseline(baseline, test)["baseline"]
+    assert found["gain"] == pytest.approx(0.2)
+    error = (6 / 12 - (2 / 12) ** 2) ** 0.5 / 12**0.5
+    assert found["gain_interval"] == pytest.approx([2 / 12 - 1.96 * error, 2 / 12 + 1.96 * error])
+    assert "worth +20.0 points of accuracy (-22.2 to +55.5)" in distill.format_baseline(found)
+
+
 def test_evaluate_kl_is_of_plain_distributions(teacher, data, run):
     """Whatever the soft labels are made with.
 

@@ -65,7 +65,7 @@ def test_read_command_line_parses_values(settings):
         "DATA": "日本語/データ.csv",
     }
     assert distill.ALPHA == DEFAULTS["ALPHA"]  # not changed yet
-    distill.apply_settings(found | {"ALPHA": 1, "METHOD": "mate"})
+    vars(distill).update(found | {"ALPHA": 1, "METHOD": "mate"})
     with contextlib.ExitStack() as locks:
         distill.check_settings(locks)
 
@@ -267,7 +267,7 @@ def test_check_settings_accepts_or_refuses_any_value(way, name, value):
     if way == "in the file":
         setattr(distill, name, value)
     else:
-        distill.apply_settings(
+        vars(distill).update(
             distill.read_command_line([f"--{name.lower().replace('_', '-')}={value}"])[0]
         )
     with contextlib.ExitStack() as locks:

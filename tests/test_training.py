@@ -37,7 +37,13 @@ def test_make_trainer_decays_no_biases_or_norms(settings):
     model = tiny_model()
     table = [{"input_ids": [2, 9, 3], "length": 3, "labels": 1}]
     trainer = distill.make_trainer(
-        model, {"train": table, "val": table}, distill.collate, distill.CustomTrainer, 1, 1e-4, 3
+        model,
+        {"train": table, "val": table},
+        distill.collate,
+        distill.CustomTrainer,
+        epochs=1,
+        learning_rate=1e-4,
+        patience=3,
     )
     decayed, spared = trainer.create_optimizer().param_groups
     assert decayed["weight_decay"] == distill.WEIGHT_DECAY and spared["weight_decay"] == 0
@@ -244,7 +250,13 @@ def test_training_run_id_depends_on_what_training_depends_on(settings):
     rows = distill.datasets.Dataset.from_list([{"input_ids": [2, 9, 3], "length": 3, "labels": 1}])
     data = {"train": rows, "val": rows}
     trainer = distill.make_trainer(
-        tiny_model(), data, distill.collate, distill.CustomTrainer, 1, 1e-4, 3
+        tiny_model(),
+        data,
+        distill.collate,
+        distill.CustomTrainer,
+        epochs=1,
+        learning_rate=1e-4,
+        patience=3,
     )
 
     def run_id(**changes):

@@ -110,7 +110,13 @@ def train_step():
     ):
         trainers = [
             distill.make_trainer(
-                model.train(), table, distill.collate, distill.CustomTrainer, 1, 1e-5, 1
+                model.train(),
+                table,
+                distill.collate,
+                distill.CustomTrainer,
+                epochs=1,
+                learning_rate=1e-5,
+                patience=1,
             )
             for model in (stock, fast)
         ]
@@ -333,7 +339,13 @@ def whole_run(setup):
     for name, padding in ("whole_run", "max_length"), ("whole_run_padded_to_longest", "longest"):
         student = copy.deepcopy(setup.stock_student).train()
         trainer = distill.make_trainer(
-            student, {"train": [], "val": []}, distill.collate, distill.CustomTrainer, 1, 1e-5, 1
+            student,
+            {"train": [], "val": []},
+            distill.collate,
+            distill.CustomTrainer,
+            epochs=1,
+            learning_rate=1e-5,
+            patience=1,
         )
         trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
 

@@ -40,7 +40,7 @@ def with_textbrewer(given):
         given.teacher, dtype=torch.float32
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.teacher)
-    distill.apply_settings({"DATA": given.data, "CACHE": tempfile.mkdtemp(), "SEED": given.seed})
+    vars(distill).update({"DATA": given.data, "CACHE": tempfile.mkdtemp(), "SEED": given.seed})
     data, _ = distill.load_data([*teacher.config.label2id])
 
     start = time.perf_counter()
