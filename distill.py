@@ -110,7 +110,7 @@ ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 
 TEMPERATURE = 2.0  # softens both sides in "kd"; raise it for an overconfident teacher
 # Training
 EPOCHS = 20  # at most; early stopping usually ends training sooner
-PATIENCE = 3  # epochs without a lower validation loss before training stops
+PATIENCE = 3  # epochs without a higher validation accuracy before training stops
 BATCH_SIZE = 32  # texts per step, over all processes
 LEARNING_RATE = 1e-4  # ("bert") higher than for 12 layers; lower it if the loss jumps
 SCHEDULE = "linear"  # learning rate after the warm-up: "linear" (to 0 at EPOCHS) or "constant"
@@ -302,6 +302,7 @@ class CustomTrainer(Trainer):
     terms = ()  # of the loss of a MethodTrainer
     softens = True  # False: T = 1 in the soft labels
     word_dropout = 0  # see `hide_words`
+    best_by_accuracy = True  # else by the loss
     needs_all_embeddings = False  # True: keep the embeddings of tokens that never occur in the data
     run_id_parts = ()  # what training depends on besides settings, data, models and `extra_state`
 
@@ -345,10 +346,9 @@ class CustomTrainer(Trainer):
 def train(trainer, checkpoint_path, use_best_if_stopped=True):
     """Train, and return the history: a list with one dict per epoch (see `train_epoch`).
 
-    Training stops after EPOCHS, after PATIENCE epochs without a lower validation loss, or on Ctrl-C
-    (which is re-raised if no epoch has finished, if use_best_if_stopped is False, or if there are
-    several processes). Afterwards trainer.model has the weights of the epoch with the lowest
-    validation loss.
+    Training stops after EPOCHS, after PATIENCE epochs without a better one (see `epoch_score`), or
+    on Ctrl-C (which is re-raised if no epoch has finished, if use_best_if_stopped is False, or if
+    there are several processes). Afterwards trainer.model has the weights of the best epoch.
 
     Each epoch ends with a checkpoint. A run with the same settings, code, data and weights (its run
     id) resumes from it, bit-identically on the same machine, threads and processes.
@@ -362,7 +362,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
         try:
             while len(checkpoint["history"]) < trainer.args.num_train_epochs:
                 if trainer.control.should_training_stop:  # set by EarlyStoppingCallback
-                    log("training", "stopped early: the validation loss no longer improves")
+                    log("training", f"stopped early: {PATIENCE} epochs without a better one")
                     break
                 epoch_record = train_epoch(trainer, len(checkpoint["history"]) + 1)
                 is_best = record_epoch(trainer, epoch_record)
@@ -450,19 +450,20 @@ def validate(trainer):
 def record_epoch(trainer, epoch_record):
     """Report an epoch to the callbacks and print it; return whether it is the best so far.
 
-    EarlyStoppingCallback compares the loss with state.best_metric but never updates it. We do,
+    EarlyStoppingCallback compares the score with state.best_metric but never updates it. We do,
     after on_evaluate: set earlier, no epoch would count as better; never set, every epoch would.
     """
     metrics = {name.replace("val_", "eval_"): value for name, value in epoch_record.items()}
+    score = epoch_score(epoch_record) if trainer.best_by_accuracy else -epoch_record["val_loss"]
+    metrics["eval_score"] = score
     trainer.state.epoch = epoch_record["epoch"]
     trainer.log(dict(metrics))  # log() adds to its argument
     trainer.control = trainer.callback_handler.on_evaluate(
         trainer.args, trainer.state, trainer.control, metrics
     )
-    best_so_far = trainer.state.best_metric
-    is_best = best_so_far is None or epoch_record["val_loss"] < best_so_far
+    is_best = trainer.state.best_metric is None or score > trainer.state.best_metric
     if is_best:
-        trainer.state.best_metric = epoch_record["val_loss"]
+        trainer.state.best_metric = score
     print_epoch(epoch_record, is_best)
     return is_best
 
@@ -612,9 +613,14 @@ def print_epoch(epoch_record, is_best):
     print(columns.format(**epoch_record), "best" if is_best else "", flush=True)
 
 
+def epoch_score(epoch_record):
+    """Return what the best epoch has most of: accuracy on val; of equal ones, the lower loss."""
+    # not the loss alone: it grows with the confidence in a few wrong answers, accuracy or not
+    return epoch_record["val_accuracy"] - 1e-9 * epoch_record["val_loss"]
+
+
 def best_epoch_of(history):
-    """Return the entry of the epoch with the lowest validation loss."""
-    return min(history, key=lambda epoch_record: epoch_record["val_loss"])
+    return max(history, key=epoch_score)
 
 
 def make_report(student, history, results, run_info, folder):
@@ -875,7 +881,7 @@ def plot_losses(history, folder):
         losses = [epoch_record[name] for epoch_record in history]
         axes.plot(epochs, losses, style, color=colour, label=name.replace("_", " "))
     best = best_epoch_of(history)
-    label = f"best: epoch {best['epoch']}"
+    label = f"best accuracy: epoch {best['epoch']}"
     axes.plot(best["epoch"], best["val_loss"], "*k", markersize=16, label=label)
 
     axes.set(xlabel="epoch", ylabel=f'loss of METHOD "{METHOD}"')
@@ -2057,7 +2063,6 @@ MAX_CHARACTERS = 30_000  # of a text that are read: far more than any MAX_LENGTH
 MAX_UNKNOWN_SHARE = 0.03  # of a split's tokens; a vocabulary that fits the texts knows nearly all
 TEXTS_PER_PROCESS = 100_000  # fewer would not pay for starting another process to tokenize
 TOKENS_PER_BATCH = 2048  # of inference: enough to keep the processor busy, and they fit its cache
-FEW_TEXTS = 10_000  # of training: fewer are learned by heart, unless words are hidden
 BATCHES_PER_POOL = 16  # batches of training whose texts are sorted by length together
 MECAB_LOCK = threading.Lock()  # MeCab answers one thread at a time
 ID_COLUMNS = "input_ids", "token_type_ids"
@@ -2308,8 +2313,8 @@ def collate(rows, pad_token_id=0):
 
 def word_dropout(n_texts):
     """Return WORD_DROPOUT, or what None stands for with n_texts to train on."""
-    default = 0.3 if n_texts < FEW_TEXTS and can_hide_words() else 0
-    return default if WORD_DROPOUT is None else WORD_DROPOUT
+    is_useful = n_texts < 10_000 and can_hide_words()  # fewer texts would be learned by heart
+    return 0.3 * is_useful if WORD_DROPOUT is None else WORD_DROPOUT
 
 
 def can_hide_words():
@@ -2548,8 +2553,8 @@ def make_trainer(model, data, collate_fn, trainer_class, hides_words=False, **tr
             eval_strategy="epoch",
             save_strategy="epoch",
             load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
+            metric_for_best_model="eval_score",
+            greater_is_better=True,
             report_to=REPORT_TO,
             disable_tqdm=True,
             log_level="error",
@@ -4788,6 +4793,8 @@ class CustomLossTrainer(CustomTrainer):
 
     `distill` sets its terms, and call_teacher and call_student, functions of `recording`.
     """
+
+    best_by_accuracy = False  # there may be no labels, or labels that the terms do not learn
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         student_outputs = self.call_student(inputs)

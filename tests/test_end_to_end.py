@@ -100,8 +100,9 @@ def test_run_writes_every_file_the_readme_names(teacher, data, run, draws):
     assert test["teacher"]["agreement"] == 1
     assert result["student"]["bytes"] == MODEL.stat().st_size
     assert result["epochs"] == len(history()) - 1
-    losses = [float(line.split(",")[2]) for line in history()[1:]]
-    assert result["best_epoch"] == 1 + losses.index(min(losses))
+    columns = [list(map(float, line.split(","))) for line in history()[1:]]
+    best = max(columns, key=lambda epoch: (epoch[3], -epoch[2]))  # accuracy, then loss
+    assert result["best_epoch"] == best[0]
 
     assert "(0): BertLayer(" in printed and "(1): BertLayer(" not in printed
     assert printed.count("BertForSequenceClassification(") == 1

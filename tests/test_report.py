@@ -102,7 +102,7 @@ def test_evaluate_baseline_by_hand():
     test = outputs_with_right([1] * 7 + [0] * 3, [1] * 10)
     alone = outputs_with_right([1] * 4 + [0] * 3 + [1] + [0] * 2, [1] * 10)
     seconds = {"student": torch.ones(10)}
-    history = [{"epoch": 1, "val_loss": 1.0}]
+    history = [{"epoch": 1, "val_loss": 1.0, "val_accuracy": 0.5}]
     baseline = {"history": history, "predictions": {"test": alone | {"seconds": seconds}}}
     found = distill.evaluate_baseline(baseline, test)["baseline"]
     assert found["gain"] == pytest.approx(0.2)

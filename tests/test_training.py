@@ -143,16 +143,23 @@ def test_raise_if_not_finite_names_learning_rate(teacher, data, fails):
 # ── Early stopping ──
 
 
+FLAT = [5] * 7
+
+
 @pytest.mark.parametrize(
-    "losses, epochs, best",
+    "losses, hits, epochs, best",
     [
-        ([5, 4, 3, 2, 1, 1, 1], 7, 5),  # equal is not better
-        ([5, 4, 6, 6, 6, 1, 1], 5, 2),  # three epochs without a lower loss
-        ([5, 6, 6, 4, 6, 6, 6], 7, 4),  # the count begins anew
-        ([7, 6, 5, 4, 3, 2, 1], 7, 7),  # better each time: not stopped
+        ([5, 4, 3, 2, 1, 1, 1], FLAT, 7, 5),  # of equal accuracies the loss decides
+        ([5, 4, 6, 6, 6, 1, 1], FLAT, 5, 2),  # three epochs without a better one
+        ([5, 6, 6, 4, 6, 6, 6], FLAT, 7, 4),  # the count begins anew
+        ([7, 6, 5, 4, 3, 2, 1], FLAT, 7, 7),  # better each time: not stopped
+        ([1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 4, 4, 4], 7, 4),  # the accuracy, while the loss grows
+        ([7, 6, 5, 4, 3, 2, 1], [5, 9, 8, 8, 8, 9, 9], 5, 2),  # a lower loss alone is not better
     ],
 )
-def test_train_stops_early_by_scripted_loss(teacher, data, run, monkeypatch, losses, epochs, best):
+def test_train_stops_early_by_scripted_score(
+    teacher, data, run, monkeypatch, losses, hits, epochs, best
+):
     def scripted(trainer, epoch):
         with torch.no_grad():
             trainer.model.classifier.bias.fill_(
@@ -162,7 +169,7 @@ def test_train_stops_early_by_scripted_loss(teacher, data, run, monkeypatch, los
             "epoch": epoch,
             "train_loss": 1.0,
             "val_loss": float(losses[epoch - 1]),
-            "val_accuracy": 0.5,
+            "val_accuracy": hits[epoch - 1] / 9,
             "learning_rate": 0.1,
             "seconds": 0.1,
         }

@@ -37,7 +37,7 @@ import distill  # noqa: E402
 
 # {lever: its options}; settings of distill.py are in capitals, the others are those of OPTIONS
 LEVERS = {
-    "none": {"WORD_DROPOUT": 0},
+    "none": {"WORD_DROPOUT": 0, "by_loss": True},  # as it was; all others change this
     **{f"word dropout {share}": {"WORD_DROPOUT": share} for share in (0.1, 0.2, 0.3, 0.5)},
     **{f"rate 0 after {n} epochs": {"schedule_epochs": n} for n in (4, 6, 10)},
     "rate halved after a worse epoch": {"on_plateau": 0.5},
@@ -48,7 +48,8 @@ LEVERS = {
     "weights averaged over half an epoch": {"average_over": 0.5},
     "weights averaged over two epochs": {"average_over": 2},
     "validation 4 times an epoch": {"parts": 4},
-    "best epoch by accuracy": {"by_accuracy": True},
+    "best epoch by accuracy": {"by_loss": False},
+    "word dropout 0.3, by accuracy": {"WORD_DROPOUT": 0.3, "by_loss": False},
     "[CLS] beside, weight 1": {"cls_weight": 1.0},
     "[CLS] first, for 2 epochs": {"cls_first": 2},
     "word dropout 0.3, rate 0 after 6": {"WORD_DROPOUT": 0.3, "schedule_epochs": 6},
@@ -72,7 +73,7 @@ OPTIONS = {
     "on_plateau": None,  # factor of the rate after an epoch without a lower loss
     "average_over": None,  # epochs over which the weights are averaged, exponentially
     "parts": 1,  # validations in an epoch
-    "by_accuracy": False,  # the best epoch is that of the highest accuracy
+    "by_loss": False,  # the best epoch is that of the lowest loss, not of the highest accuracy
     "cls_weight": 0.0,  # weight of the mean squared difference from the teacher's pooled vector
     "cls_first": 0,  # epochs in which this difference is the only loss
     "by_tag": False,  # copies in which words are replaced by others of the same part of speech
@@ -175,22 +176,11 @@ def try_lever(trainer, options, other_rows, stack):
         return train_epoch(trainer, epoch)
 
     def record_and_steer(trainer, record):
-        if options["by_accuracy"]:
-            record = record | {"val_loss": 1 - record["val_accuracy"]}
         is_best = record_epoch(trainer, record)
         if options["on_plateau"] and not is_best:
             schedule = trainer.lr_scheduler
             schedule.base_lrs = [rate * options["on_plateau"] for rate in schedule.base_lrs]
         return is_best
-
-    def best_epoch_of(history):
-        by_accuracy, best = options["by_accuracy"], history[0]
-        for record in history:
-            if by_accuracy and record["val_accuracy"] > best["val_accuracy"]:
-                best = record
-            elif not by_accuracy and record["val_loss"] < best["val_loss"]:
-                best = record
-        return best
 
     replaced = {
         "training_run_id": lambda _: {"lever": os.urandom(8)},  # nothing is resumed
@@ -202,8 +192,9 @@ def try_lever(trainer, options, other_rows, stack):
         "validate": validate,
         "train_epoch": train_epoch_of_trained,
         "record_epoch": record_and_steer,
-        "best_epoch_of": best_epoch_of,
     }
+    if options["by_loss"]:
+        replaced["epoch_score"] = lambda record: -record["val_loss"]
     for name, function in replaced.items():
         stack.enter_context(mock.patch.object(distill, name, function))
     history = distill.train(lever, Path("none"))
@@ -211,9 +202,9 @@ def try_lever(trainer, options, other_rows, stack):
     for split, rows in other_rows.items():
         metrics = distill.compute_metrics(distill.predict(lever, rows), "student")
         accuracies[split] = metrics["accuracy"]
-    best = best_epoch_of(history)
+    best = distill.best_epoch_of(history)
     return {
-        "val": accuracy_by_halves(epochs, options["by_accuracy"]),
+        "val": accuracy_by_halves(epochs, options["by_loss"]),
         "val_loss": min(record["val_loss"] for record in history),
         **accuracies,
         "best_epoch": best["epoch"],
@@ -237,14 +228,14 @@ def losses_and_hits(trainer):
     return losses, hits
 
 
-def accuracy_by_halves(epochs, by_accuracy):
+def accuracy_by_halves(epochs, by_loss):
     """Return the accuracy on each half of val, at the epoch that is best on the other half."""
     n_texts = len(epochs[0][0])
     halves = torch.randperm(n_texts, generator=torch.Generator().manual_seed(0)).chunk(2)
     n_right = 0
     for chosen_on, measured_on in halves, halves[::-1]:
         scores = [
-            hits[chosen_on].mean() if by_accuracy else -losses[chosen_on].mean()
+            -losses[chosen_on].mean() if by_loss else hits[chosen_on].mean()
             for losses, hits in epochs
         ]
         best = max(range(len(epochs)), key=scores.__getitem__)
