@@ -454,10 +454,10 @@ def record_epoch(trainer, epoch_record):
     after on_evaluate: set earlier, no epoch would count as better; never set, every epoch would.
     """
     metrics = {name.replace("val_", "eval_"): value for name, value in epoch_record.items()}
-    score = epoch_score(epoch_record) if trainer.best_by_accuracy else -epoch_record["val_loss"]
-    metrics["eval_score"] = score
     trainer.state.epoch = epoch_record["epoch"]
     trainer.log(dict(metrics))  # log() adds to its argument
+    score = epoch_score(epoch_record) if trainer.best_by_accuracy else -epoch_record["val_loss"]
+    metrics["eval_score"] = score
     trainer.control = trainer.callback_handler.on_evaluate(
         trainer.args, trainer.state, trainer.control, metrics
     )

@@ -59,6 +59,7 @@ def test_run_writes_every_file_the_readme_names(teacher, data, run, draws):
         "teacher",
         "student",
         "kept",
+        "kept_interval",
         "speedup",
         "epochs",
         "best_epoch",

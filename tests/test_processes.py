@@ -35,7 +35,7 @@ def test_run_in_several_processes_has_loss_curve_of_one(teacher, data, run):
     """
     write_csv(data / "train.csv", rows("train", 49))
     options = ["--batch-size", "12", "--epochs", "4", "--patience", "1", "--learning-rate", "1e-2"]
-    options += ["--dropout", "0.0"]  # each process would draw its own
+    options += ["--dropout", "0.0", "--word-dropout", "0"]  # each process would draw its own
     run(*options, "--output", "one", "--cache", "cache1")
     of_three = [*options, "--output", "three", "--cache", "cache3"]
     ended = in_processes(3, ["."] * 3, [of_three] * 3)
