@@ -103,7 +103,7 @@ STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretraine
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
 REFIT_WORDS = 2  # word vectors are fitted to this many teacher layers; 0: they stay as they are
 DROPOUT = None  # in training ("bert" only); None: as in the model that it starts from
-WORD_DROPOUT = None  # share of tokens hidden in training; None: 0.3 for < 10,000 texts, else 0
+WORD_DROPOUT = 0.0  # share of a text's tokens hidden in training ("bert"); try 0.3 for few texts
 # Loss
 METHOD = "kd"  # or "mse", "none" (hard labels only), "rail", "mate", "cilda", "cilda+minild"
 ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 1 - ALPHA
@@ -2311,17 +2311,6 @@ def collate(rows, pad_token_id=0):
     return batch
 
 
-def word_dropout(n_texts):
-    """Return WORD_DROPOUT, or what None stands for with n_texts to train on."""
-    is_useful = n_texts < 10_000 and can_hide_words()  # fewer texts would be learned by heart
-    return 0.3 * is_useful if WORD_DROPOUT is None else WORD_DROPOUT
-
-
-def can_hide_words():
-    """Whether WORD_DROPOUT applies: other METHODs rewrite texts, a Bi-LSTM reads every token."""
-    return STUDENT == "bert" and not METHODS[METHOD].terms
-
-
 def hide_words(share, collate_fn, rows):
     """Return collate_fn(rows), with a share of the tokens taken out of the attention.
 
@@ -2567,10 +2556,7 @@ def make_trainer(model, data, collate_fn, trainer_class, hides_words=False, **tr
             eval_dataset=data["val"],
             callbacks=[EarlyStoppingCallback(training.get("patience", PATIENCE))],
         )
-    if hides_words:
-        trainer.word_dropout = word_dropout(len(data["train"]))
-    if trainer.word_dropout:
-        log("training", f"{trainer.word_dropout:.0%} of a text's tokens are hidden (WORD_DROPOUT)")
+    trainer.word_dropout = WORD_DROPOUT if hides_words else 0
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -4921,7 +4907,8 @@ SETTING_RULES = {
     "AUGMENT REFIT_WORDS": "a whole number from 0",
     "MAX_LENGTH": "a whole number from 4",
     "SEED": "a whole number from 0 to 2147483648",
-    "DROPOUT WORD_DROPOUT": "a number from 0 to 0.999 or None",
+    "DROPOUT": "a number from 0 to 0.999 or None",
+    "WORD_DROPOUT": "a number from 0 to 0.999",
     "ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
     "TRAIN_FRACTION CASCADE_KEEPS": "a number above 0 up to 1",
     "BASELINE": "True or False",
@@ -5115,7 +5102,7 @@ def option_faults():
         yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD of {methods}"
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
-    if WORD_DROPOUT and not can_hide_words():
+    if WORD_DROPOUT and (STUDENT != "bert" or METHODS[METHOD].terms):
         methods = one_of([name for name, trainer in METHODS.items() if not trainer.terms])
         yield f'WORD_DROPOUT = {WORD_DROPOUT}: needs STUDENT = "bert" and METHOD = {methods}'
     if not METHODS[METHOD].learns_from and (BASELINE or UNLABELED or AUGMENT):

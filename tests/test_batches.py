@@ -94,20 +94,14 @@ def test_train_hides_no_words_of_a_teacher_to_be_made(teacher, data, run, monkey
 
 
 @pytest.mark.parametrize("options", [("--student", "bilstm"), ("--method", "mate")])
-def test_word_dropout_is_refused_where_it_cannot_apply(teacher, data, fails, settings, options):
+def test_word_dropout_is_refused_where_it_cannot_apply(teacher, data, fails, options):
     assert "WORD_DROPOUT = 0.2: " in fails(*options, "--word-dropout", "0.2")
-    for faulty in "1", "-0.1", "'much'":
-        assert "WORD_DROPOUT = " in fails("--word-dropout", faulty)
-    settings.setattr(distill, options[0].strip("-").upper(), options[1])
-    assert distill.word_dropout(100) == 0
 
 
-def test_word_dropout_is_for_few_texts_unless_set(settings):
-    few = 9_999
-    assert (distill.word_dropout(few), distill.word_dropout(few + 1)) == (0.3, 0)
-    for share in 0, 0.5:
-        settings.setattr(distill, "WORD_DROPOUT", share)
-        assert distill.word_dropout(few) == distill.word_dropout(few + 1) == share
+@pytest.mark.parametrize("value", ["1", "-0.1", "much"])
+def test_word_dropout_is_a_share_below_one(teacher, data, fails, value):
+    message = fails("--word-dropout", value)
+    assert "WORD_DROPOUT = " in message and "must be a number from 0 to 0.999" in message
 
 
 # ── Order ──

@@ -185,14 +185,14 @@ def test_train_stops_early_by_scripted_score(
 
 
 def test_train_resumed_equals_undisturbed(teacher, data, run, monkeypatch):
-    run("--output", "whole", "--cache", "cache1", "--epochs", "4", "--patience", "9")
+    options = "--epochs", "4", "--patience", "9", "--word-dropout", "0.3"
+    run("--output", "whole", "--cache", "cache1", *options)
+    resumed = "--output", "resumed", "--cache", "cache2", *options
     interrupt_in(monkeypatch, 3, RuntimeError("power cut"))
     with pytest.raises(RuntimeError):
-        run("--output", "resumed", "--cache", "cache2", "--epochs", "4", "--patience", "9")
+        run(*resumed)
     assert not Path("resumed").exists()
-    assert "goes on after epoch 2" in run(
-        "--output", "resumed", "--cache", "cache2", "--epochs", "4", "--patience", "9"
-    )
+    assert "goes on after epoch 2" in run(*resumed)
     assert (
         Path("whole/model.safetensors").read_bytes()
         == Path("resumed/model.safetensors").read_bytes()
