@@ -362,7 +362,7 @@ def train(trainer, checkpoint_path, use_best_if_stopped=True):
         try:
             while len(checkpoint["history"]) < trainer.args.num_train_epochs:
                 if trainer.control.should_training_stop:  # set by EarlyStoppingCallback
-                    log("training", f"stopped early: {PATIENCE} epochs without a better one")
+                    log("training", "stopped early: validation no longer improves")
                     break
                 epoch_record = train_epoch(trainer, len(checkpoint["history"]) + 1)
                 is_best = record_epoch(trainer, epoch_record)
