@@ -614,8 +614,8 @@ def print_epoch(epoch_record, is_best):
 
 
 def epoch_score(epoch_record):
-    """Return what the best epoch has most of: accuracy on val; of equal ones, the lower loss."""
-    # not the loss alone: it grows with the confidence in a few wrong answers, accuracy or not
+    """Return the score of an epoch: its accuracy on val; of equal ones, the lower loss wins."""
+    # not the loss alone: it grows with the confidence in few wrong answers, while accuracy rises
     return epoch_record["val_accuracy"] - 1e-9 * epoch_record["val_loss"]
 
 
@@ -679,16 +679,17 @@ def compute_metrics(outputs, role):
 
 
 def compare_with_teacher(outputs):
-    """Return kept, the student's accuracy over the teacher's, and kept_interval, that of 95 %.
+    """Return kept, the student's accuracy over the teacher's, and its 95 % interval, kept_interval.
 
-    Both are None if the teacher is never right. outputs: what `predict` returns.
+    The interval is paired, by the delta method. Both are None if the teacher is never right.
+    outputs: what `predict` returns.
     """
     student, teacher = is_right(outputs, "student"), is_right(outputs, "teacher")
     accuracy = teacher.mean().item()
     kept = ratio(student.mean().item(), accuracy)
     if kept is None:
         return {"kept": None, "kept_interval": None}
-    bounds = paired_interval(student - kept * teacher, kept)
+    bounds = paired_interval(student, teacher, kept)
     return {"kept": kept, "kept_interval": [kept + bound / accuracy for bound in bounds]}
 
 
@@ -697,8 +698,12 @@ def is_right(outputs, role):
     return (outputs["logits"][role].argmax(-1) == outputs["labels"]).double()
 
 
-def paired_interval(differences, factor=1):
-    """Return (low, high), the 95 % interval of the mean of differences right - factor * other."""
+def paired_interval(right, other_right, factor=1):
+    """Return (low, high), the 95 % interval of the mean of right - factor * other_right.
+
+    right, other_right: 1 or 0 for each text, see `is_right`.
+    """
+    differences = right - factor * other_right
     sums = differences.sum().item(), differences.square().sum().item()
     return normal_interval(*sums, len(differences), factor, 1.96)
 
@@ -708,7 +713,7 @@ def normal_interval(total, total_squares, n_texts, factor, sigmas):
 
     Two texts are added first, one that only the one model answers rightly and one that only the
     other does: without them, the interval of few texts would be too narrow (Bonett and Price 2012,
-    doi:10.3102/1076998611411915).
+    doi:10.3102/1076998611411915, for a factor of 1).
     """
     n_texts += 2
     mean = (total + 1 - factor) / n_texts
@@ -2521,7 +2526,7 @@ NOT_IN_RUN_ID = {
 
 
 def make_trainer(model, data, collate_fn, trainer_class, hides_words=False, **training):
-    """Return a trainer on the CPU. It provides AdamW, the schedule, callbacks and trackers.
+    """Return a trainer on the CPU, which has AdamW, the schedule, callbacks and trackers.
 
     hides_words: whether WORD_DROPOUT applies. training: epochs, learning_rate and patience, if
     other than in the settings.
@@ -4131,18 +4136,18 @@ def train_baseline(student, data, collate_fn):
 def evaluate_baseline(baseline, test):
     """Return {"baseline": its metrics, and what the student gains over it on test}.
 
-    gain is in accuracy, gain_interval its interval of 95 %. test: what `predict` returns.
+    gain is in accuracy, gain_interval its 95 % interval. test: what `predict` returns.
     """
     predictions, history = baseline["predictions"], baseline["history"]
-    gains = is_right(test, "student") - is_right(predictions["test"], "student")
+    student, alone = is_right(test, "student"), is_right(predictions["test"], "student")
     figures = {
         "splits": {
             split: compute_metrics(outputs, "student") for split, outputs in predictions.items()
         },
         "epochs": len(history),
         "best_epoch": best_epoch_of(history)["epoch"],
-        "gain": gains.mean().item(),
-        "gain_interval": paired_interval(gains),
+        "gain": (student - alone).mean().item(),
+        "gain_interval": paired_interval(student, alone),
     }
     return {"baseline": figures}
 
@@ -4170,12 +4175,13 @@ def evaluate_cascade(val, test):
     two keep CASCADE_KEEPS of the teacher's accuracy. The highest is tried first, then lower ones
     until one fails, so that none is chosen for its luck (Angelopoulos et al. 2021,
     arXiv:2110.01052). If val is too small to show it, it is the lowest that keeps as much on val.
+    (The confidence is that of a normal approximation, and val has also chosen the best epoch.)
 
     val, test: what `predict` returns. The dict: threshold, 0 if the student needs no teacher;
-    is_promised, whether with confidence; val_kept, the share of the teacher's accuracy on val, and
-    val_kept_at_least; on test, kept, share (of the texts that the teacher is asked), accuracy,
-    agreement and speedup (over the teacher alone); and curve, lists of share, accuracy and speedup
-    at every hundredth of the share. What is unknown is None.
+    is_promised, whether val shows it; val_kept, the share of the teacher's accuracy on val, and
+    val_kept_at_least, its bound at this threshold; on test, kept, share (of the texts that the
+    teacher is asked), accuracy, agreement and speedup (over the teacher alone); and curve, lists of
+    share, accuracy and speedup at every hundredth of the share. What is unknown is None.
     """
     val_curve, test_curve = cascade_curve(val), cascade_curve(test)
     # a threshold cannot separate texts of the same probability
@@ -4246,7 +4252,7 @@ def cascade_curve(outputs):
 def format_cascade(cascade):
     """Return the lines of the report about the cascade, with what it promises and keeps on test."""
     if cascade["threshold"] == 0:
-        lines = ["Cascade: on val the student alone is enough; it needs no teacher."]
+        lines = ["Cascade: on val the student alone keeps enough; it needs no teacher."]
     else:
         line = (
             f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
@@ -4259,17 +4265,19 @@ def format_cascade(cascade):
             f"{cascade['threshold']:.6g}",
             line + ".",
         ]
-    if cascade["val_kept"] is None:
+    if cascade["val_kept"] is None or cascade["kept"] is None:  # the teacher is never right
         return lines
-    on_val = (
-        f"On val this keeps {cascade['val_kept']:.1%} of the teacher's accuracy, with 95% "
-        f"confidence at least {cascade['val_kept_at_least']:.1%}"
-    )
-    promise, on_test = f"{100 * CASCADE_KEEPS:.4g}%", f"on test it keeps {cascade['kept']:.1%}"
+    promise = f"{100 * CASCADE_KEEPS:.4g}%"
+    on_val = f"On val this keeps {cascade['val_kept']:.1%} of the teacher's accuracy"
+    on_test = f"on test it keeps {cascade['kept']:.1%}"
     if not cascade["is_promised"]:
         return [*lines, f"{on_val}: val is too small to promise {promise}; {on_test}."]
     held = "held" if cascade["kept"] >= CASCADE_KEEPS - 1e-9 else "did not hold"
-    return [*lines, f"{on_val}.", f"Promised is {promise}; {on_test}: the promise {held}."]
+    return [
+        *lines,
+        f"{on_val}, with 95% confidence at least {promise};",
+        f"{on_test}: the promise {held}.",
+    ]
 
 
 def plot_cascade(report, folder):

@@ -241,6 +241,13 @@ def test_format_cascade_says_that_val_is_too_small_or_the_promise_did_not_hold()
     assert "on test it keeps 1.5%: the promise did not hold." in lines[-1]
 
 
+def test_format_cascade_without_a_right_answer_of_the_teacher_on_test():
+    never = outputs([(probability, True, False) for probability, *_ in THOUSAND])
+    cascade = distill.evaluate_cascade(outputs(THOUSAND), never)
+    assert cascade["kept"] is None and cascade["val_kept"] is not None
+    assert "None" not in "".join(distill.format_cascade(cascade))
+
+
 # ── load_student and --predict ──
 
 

@@ -91,7 +91,7 @@ def test_paired_interval_covers_the_truth():
         right, other = ((chance < 0.8).double() for _ in range(2))
         changed = torch.rand(300, generator=generator) < 0.1
         right[changed] = (torch.rand(300, generator=generator) < 0.6).double()[changed]
-        low, high = distill.paired_interval(right - other)
+        low, high = distill.paired_interval(right, other)
         n_covered += low <= 0.1 * (0.6 - 0.8) <= high
         assert high - low < 0.09  # 0.13 if they were not paired
     assert 183 <= n_covered <= 198

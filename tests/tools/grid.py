@@ -65,8 +65,23 @@ LEVERS = {
         "LEARNING_RATE": 2e-4,
         "schedule_epochs": 6,
     },
-    **{f"{n} copies": {"AUGMENT": n} for n in (2, 5, 10, 20)},
-    **{f"{n} copies, same part of speech": {"AUGMENT": n, "by_tag": True} for n in (2, 5, 10, 20)},
+    **{f"{n} copies, by accuracy": {"AUGMENT": n, "by_loss": False} for n in (1, 2, 5, 10, 20)},
+    **{
+        f"{n} copies, other words, by accuracy": {
+            "AUGMENT": n,
+            "replaces": "word",
+            "by_loss": False,
+        }
+        for n in (1, 2, 5, 10, 20)
+    },
+    **{
+        f"{n} copies, same part of speech, by accuracy": {
+            "AUGMENT": n,
+            "replaces": "tag",
+            "by_loss": False,
+        }
+        for n in (2, 5, 10, 20)
+    },
 }
 OPTIONS = {
     "schedule_epochs": None,  # epochs after which the rate is 0; None: EPOCHS
@@ -76,9 +91,9 @@ OPTIONS = {
     "by_loss": False,  # the best epoch is that of the lowest loss, not of the highest accuracy
     "cls_weight": 0.0,  # weight of the mean squared difference from the teacher's pooled vector
     "cls_first": 0,  # epochs in which this difference is the only loss
-    "by_tag": False,  # copies in which words are replaced by others of the same part of speech
+    "replaces": None,  # in copies some words by any "word", or by one of the same "tag"
 }
-DATA_OPTIONS = "AUGMENT", "by_tag"  # those for which the data are made anew
+DATA_OPTIONS = "AUGMENT", "replaces"  # those for which the data are made anew
 REPLACED_SHARE = 0.1  # of the words of a copy (Tang et al. 2019)
 N_REST = 5000
 
@@ -253,7 +268,7 @@ def with_teacher_pooled(rows, teacher, collate_fn):
     return rows.add_column("teacher_layers", list(vectors.numpy()))
 
 
-# ── Copies with words of the same part of speech ──
+# ── Copies in which other words stand ──
 
 
 @functools.cache
@@ -264,18 +279,20 @@ def tagger():
     return fugashi.GenericTagger(f"-d {unidic_lite.DICDIR} -r {unidic_lite.DICDIR}/mecabrc")
 
 
-def tagged_words(text):
-    """Return [(word, part of speech)] of a Japanese text, with the tags of UniDic."""
-    return [(node.surface, node.feature[:2]) for node in tagger()(text)]
+def tagged_words(text, split_words, replaces):
+    """Return [(word, tag)]: UniDic's part of speech of a Japanese text, or one tag for all."""
+    if replaces == "tag":
+        return [(node.surface, node.feature[:2]) for node in tagger()(text)]
+    return [(word, None) for word in split_words(text)]
 
 
-def augment_by_tag(words_of_tag, batch, row_numbers, split_words):
-    """Do what `distill.augment` does; before, replace some words by others of their tag."""
+def augment_with_words(words_of_tag, replaces, batch, row_numbers, split_words):
+    """Do what `distill.augment` does, with texts in which words were replaced before."""
     column = distill.TEXT_COLUMN
     copies = defaultdict(list)
     for text, row_number in zip(batch[column], row_numbers, strict=True):
         generator = np.random.default_rng([distill.SEED, row_number, 1])
-        words = tagged_words(text)
+        words = tagged_words(text, split_words, replaces)
         for copy_number in range(distill.AUGMENT):
             changed = [
                 words_of_tag[tag][generator.integers(len(words_of_tag[tag]))]
@@ -285,7 +302,7 @@ def augment_by_tag(words_of_tag, batch, row_numbers, split_words):
             ]
             with mock.patch.object(distill, "AUGMENT", 1):
                 made = AUGMENT(
-                    {column: ["".join(changed)]}, [row_number * 100 + copy_number], split_words
+                    {column: [text]}, [row_number * 100 + copy_number], lambda _: changed
                 )
             for name, values in made.items():
                 copies[name] += values
@@ -306,7 +323,7 @@ def run(folder, name, seed, levers, settings):
     for lever in levers:
         if lever not in tried:
             groups[tuple(LEVERS[lever].get(option) for option in DATA_OPTIONS)].append(lever)
-    for (n_copies, by_tag), group in groups.items():
+    for (n_copies, replaces), group in groups.items():
         own_settings = [*settings, "--augment", str(n_copies or 0), "--seed", str(seed)]
         places = [
             "--output",
@@ -314,10 +331,10 @@ def run(folder, name, seed, levers, settings):
             "--cache",
             str(folder / name / "cache"),
         ]
-        run_group(group, rows_path, by_tag, [*own_settings, *places])
+        run_group(group, rows_path, replaces, [*own_settings, *places])
 
 
-def run_group(levers, rows_path, by_tag, settings):
+def run_group(levers, rows_path, replaces, settings):
     """Run distill.py up to its training; there, try the levers instead."""
     found = {}  # what the levers need besides the trainer
     original = {
@@ -335,16 +352,14 @@ def run_group(levers, rows_path, by_tag, settings):
         return original["take_fraction"](rows, n_classes)
 
     def load_extra_texts(rows, tokenizer):
-        if by_tag:
+        if replaces:
             words_of_tag = defaultdict(list)
+            split_words = distill.make_word_splitter(tokenizer)
             for text in rows[distill.TEXT_COLUMN]:
-                for word, tag in tagged_words(text):
+                for word, tag in tagged_words(text, split_words, replaces):
                     words_of_tag[tag].append(word)
-            stack.enter_context(
-                mock.patch.object(
-                    distill, "augment", functools.partial(augment_by_tag, words_of_tag)
-                )
-            )
+            augment = functools.partial(augment_with_words, words_of_tag, replaces)
+            stack.enter_context(mock.patch.object(distill, "augment", augment))
         extra = original["load_extra_texts"](rows, tokenizer)
         return extra | ({"rest": found["rest"]} if "rest" in found else {})
 
