@@ -3299,10 +3299,10 @@ def add_given_soft_labels(data):
 
 TRAIN_FRACTION = 1.0  # share of the labelled training texts to use, each label in proportion
 UNLABELED = None  # texts that only the teacher labels: a file (.txt: one per line) or a folder
-AUGMENT = 0  # copies of each training text, with some words masked or left out
-AUGMENT_MASK = 0.1  # in a copy, the probability that a word becomes [MASK]
+AUGMENT = None  # changed copies of each training text; None: 10 if texts are few, see `n_copies`
+AUGMENT_REPLACE = 0.1  # in a copy, the probability that a word becomes another one of the texts
+AUGMENT_MASK = 0.1  # the probability that a word becomes [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
-GENERATOR = None  # model that fills in masked words (None: they stay [MASK]); see MethodTrainer
 
 
 def load_extra_texts(train_rows, tokenizer):
@@ -3311,16 +3311,30 @@ def load_extra_texts(train_rows, tokenizer):
     if UNLABELED:
         n_classes = len(train_rows[0]["teacher_probabilities"]) if SOFT_LABELS_COLUMN else None
         extra["unlabeled"] = read_unlabeled(n_classes)
-    if AUGMENT:
-        copies = map_on_disk(
+    n = n_copies(len(train_rows), tokenizer)
+    if n:
+        extra["copies"] = map_on_disk(
             train_rows,
             augment,
             with_indices=True,
             remove_columns=train_rows.column_names,
-            fn_kwargs={"split_words": make_word_splitter(tokenizer)},
+            fn_kwargs={"split_words": make_word_splitter(tokenizer), "n": n},
         )
-        extra["copies"] = fill_masks(copies) if GENERATOR else copies
     return extra
+
+
+def n_copies(n_texts, tokenizer):
+    """Return AUGMENT; if it is None, 10, or as many as make 30,000 of n_texts texts.
+
+    It is 0 then where no teacher could label them, and for the methods of papers.
+    """
+    if AUGMENT is not None:
+        return AUGMENT
+    method = METHODS[METHOD]
+    is_for_copies = method.learns_from and not method.terms and not SOFT_LABELS_COLUMN
+    if not is_for_copies or tokenizer.mask_token_id is None:
+        return 0
+    return min(10, 30_000 // n_texts)
 
 
 def take_fraction(rows, n_classes):
@@ -3381,54 +3395,31 @@ def make_word_splitter(tokenizer):
     return split_words
 
 
-def augment(batch, row_numbers, split_words):
-    """Return AUGMENT copies of each text, as lists of words, None for a masked word.
+def augment(batch, row_numbers, split_words, n):
+    """Return n copies of each text, as lists of words, None for a masked word.
 
-    Each word is masked with the probability AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10
-    neighbouring words are kept (Tang et al. 2019, arXiv:1903.12136). Copies have no hard label, as
-    it may not hold for them. The random numbers of a text depend on SEED and its row.
+    Each word becomes another word of the batch with the probability AUGMENT_REPLACE, then a mask
+    with AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10 neighbouring words are kept (Tang et
+    al. 2019, arXiv:1903.12136, whose words are of the same part of speech). Copies have no hard
+    label, as it may not hold for them. The random numbers of a text depend on SEED and its row.
     """
     copies = {column: [] for column in text_columns()}
-    for position, row_number in enumerate(row_numbers):
-        generator = np.random.default_rng([SEED, row_number])
-        for column, column_copies in copies.items():
-            words = split_words(batch[column][position])
-            for _ in range(AUGMENT):
-                is_masked = generator.random(len(words)) < AUGMENT_MASK
-                new_words = np.where(is_masked, None, np.array(words, object)).tolist()
+    for column_number, (column, column_copies) in enumerate(copies.items()):
+        texts = [split_words(text) for text in batch[column]]
+        words_of_batch = np.array([word for words in texts for word in words], object)
+        for words, row_number in zip(texts, row_numbers, strict=True):
+            generator = np.random.default_rng([SEED, row_number, column_number])
+            for _ in range(n):
+                new_words = np.array(words, object)
+                is_replaced = generator.random(len(words)) < AUGMENT_REPLACE
+                new_words[is_replaced] = generator.choice(words_of_batch, is_replaced.sum())
+                new_words[generator.random(len(words)) < AUGMENT_MASK] = None
                 if generator.random() < AUGMENT_NGRAM:
                     length = generator.integers(2, 10, endpoint=True)
                     start = generator.integers(max(len(new_words) - length, 0), endpoint=True)
                     new_words = new_words[start : start + length]
-                column_copies.append(new_words)
-    return copies | {"labels": [NO_LABEL] * (AUGMENT * len(row_numbers))}
-
-
-def fill_masks(rows):
-    """Fill in the masked words of copies with words drawn from GENERATOR's distribution."""
-    model, tokenizer = load_generator()
-
-    @torch.inference_mode()
-    def fill(batch, row_numbers):
-        generator = torch.Generator().manual_seed(SEED + row_numbers[0])
-        for column in text_columns():
-            id_lists = encode([batch[column]], tokenizer, MAX_LENGTH)["input_ids"]
-            inputs = collate([{"input_ids": ids} for ids in id_lists], tokenizer.pad_token_id)
-            is_masked = inputs["input_ids"] == tokenizer.mask_token_id
-            if not is_masked.any():
-                continue
-            logits = token_logits(model, inputs, is_masked, tokenizer.mask_token_id)
-            probabilities = logits.softmax(-1)
-            probabilities[:, tokenizer.all_special_ids] = 0
-            drawn = torch.multinomial(probabilities, 1, generator=generator).flatten()
-            tokens = tokenizer.convert_ids_to_tokens(drawn)
-            for row, token in zip(is_masked.nonzero()[:, 0], tokens, strict=True):
-                words = batch[column][row]
-                if None in words:  # a text may also spell out [MASK]
-                    words[words.index(None)] = token.removeprefix("##")
-        return batch
-
-    return map_on_disk(rows, fill, batch_size=BATCH_SIZE, with_indices=True)
+                column_copies.append(new_words.tolist())
+    return copies | {"labels": [NO_LABEL] * (n * len(row_numbers))}
 
 
 def append_extra_texts(data):
@@ -3681,6 +3672,7 @@ OWN_CLASSES = {"BiLSTM": BiLSTM}  # classes of students that transformers does n
 # ── Option: other methods ─────────────────────────────────────────────────────────────────────────
 
 LOSS_WEIGHTS = None  # of the terms of a METHOD, in the order of its class; None: the paper's
+GENERATOR = None  # the model that rewrites texts; None: one is made of the teacher
 MASK_RATE = 0.3  # the probability that a token of a rewritten text is replaced
 GENERATOR_STEPS = 10  # steps of the generator, towards texts on which the student errs; then
 STUDENT_STEPS = 100  # steps of the student; and so on
@@ -3761,7 +3753,7 @@ class MethodTrainer(CustomTrainer):
         if self.layer_term in self.terms:  # on the texts themselves the teacher never changes
             self.train_dataset = self.with_teacher_layers(self.train_dataset)
         if self.rewrites:
-            self.generator = load_generator(tokenizer)[0] if GENERATOR else make_generator(self)
+            self.generator = load_generator(tokenizer) if GENERATOR else make_generator(self)
             self.adversary = torch.nn.ModuleList([self.generator, self.projections])
             self.generator_optimizer = torch.optim.AdamW(
                 self.adversary.parameters(), GENERATOR_LEARNING_RATE, fused=True
@@ -4078,18 +4070,15 @@ def warm_start(generator, trainer):
     return generator.state_dict()
 
 
-def load_generator(teacher_tokenizer=None):
-    """Return (model, tokenizer) of GENERATOR, a masked-language model.
-
-    teacher_tokenizer: if given, both must have the same vocabulary.
-    """
+def load_generator(teacher_tokenizer):
+    """Return GENERATOR, a masked-language model with the teacher's vocabulary."""
     config = load_config(GENERATOR, "GENERATOR")
     tokenizer = load_tokenizer(GENERATOR, config, "GENERATOR")
-    if teacher_tokenizer and tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+    if tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         raise Problem(
             f"GENERATOR = {GENERATOR!r}: has {len(tokenizer):,} tokens, which are not the "
-            f"teacher's {len(teacher_tokenizer):,}. For METHOD = {METHOD!r} name a masked-language "
-            "model of the teacher's vocabulary, or None."
+            f"teacher's {len(teacher_tokenizer):,}. Name a masked-language model of the teacher's "
+            "vocabulary, or None."
         )
     with as_problem(f"GENERATOR = {GENERATOR!r}: cannot be loaded", "Name a masked-language model"):
         model, info = transformers.AutoModelForMaskedLM.from_pretrained(
@@ -4102,7 +4091,7 @@ def load_generator(teacher_tokenizer=None):
             f"GENERATOR = {GENERATOR!r}: is no masked-language model but a "
             f"{architecture or 'part of one'}."
         )
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 # ── Option: what distillation was worth ───────────────────────────────────────────────────────────
@@ -4912,12 +4901,13 @@ SETTING_RULES = {
     "TEACHER_LEARNING_RATE LEARNING_RATE BILSTM_LEARNING_RATE": "a number above 0",
     "GENERATOR_LEARNING_RATE TEMPERATURE MAX_GRAD_NORM": "a number above 0",
     "WARMUP_STEPS WEIGHT_DECAY": "a number from 0",
-    "AUGMENT REFIT_WORDS": "a whole number from 0",
+    "AUGMENT": "a whole number from 0 or None",
+    "REFIT_WORDS": "a whole number from 0",
     "MAX_LENGTH": "a whole number from 4",
     "SEED": "a whole number from 0 to 2147483648",
     "DROPOUT": "a number from 0 to 0.999 or None",
     "WORD_DROPOUT": "a number from 0 to 0.999",
-    "ALPHA AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
+    "ALPHA AUGMENT_REPLACE AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
     "TRAIN_FRACTION CASCADE_KEEPS": "a number above 0 up to 1",
     "BASELINE": "True or False",
     "ASK_TEACHER": "None or 'auto' or a number from 0 to 1",
@@ -5104,10 +5094,9 @@ def option_faults():
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         yield f"EXPORT = {EXPORT!r}: needs more packages: pip install {' '.join(missing)}"
-    if GENERATOR and not AUGMENT and "KL′" not in METHODS[METHOD].terms:
-        rewriting = [name for name, trainer in METHODS.items() if "KL′" in trainer.terms]
-        methods = one_of(rewriting)
-        yield f"GENERATOR = {GENERATOR!r}: does nothing without AUGMENT or a METHOD of {methods}"
+    if GENERATOR and "KL′" not in METHODS[METHOD].terms:
+        methods = one_of([name for name, trainer in METHODS.items() if "KL′" in trainer.terms])
+        yield f"GENERATOR = {GENERATOR!r}: does nothing without a METHOD of {methods}"
     if METHODS[METHOD].terms and (STUDENT != "bert" or world_size() > 1):
         yield f'METHOD = {METHOD!r}: needs STUDENT = "bert" and runs in one process only'
     if WORD_DROPOUT and (STUDENT != "bert" or METHODS[METHOD].terms):

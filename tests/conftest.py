@@ -63,7 +63,7 @@ LABELS = ("negative", "positive")
 MODEL = Path("distilled_model/model.safetensors")
 DEFAULTS = {name: getattr(distill, name) for name in distill.ACCEPTED}
 SAVE_FIGURE = distill.Figure.savefig
-TINY = "--data data --max-length 32 --epochs 3 --batch-size 8 --warmup-steps 2".split()
+TINY = "--data data --max-length 32 --epochs 3 --batch-size 8 --warmup-steps 2 --augment 0".split()
 
 
 # ── Data and models ──

@@ -1,14 +1,14 @@
 """Option: less or more text."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MODEL, SAMPLE, VOCABULARY, history, report, rows, write_csv
+from conftest import MODEL, SAMPLE, history, report, rows, write_csv
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
 )
 
 import distill
@@ -19,16 +19,16 @@ def japanese():
     return AutoTokenizer.from_pretrained(SAMPLE / "base")
 
 
-def copies(texts, tokenizer, settings, n=3, mask=0.1, ngram=0.25, seed=42):
+def copies(texts, tokenizer, settings, n=3, replace=0, mask=0.1, ngram=0.25, seed=42):
     for name, value in (
-        ("AUGMENT", n),
+        ("AUGMENT_REPLACE", replace),
         ("AUGMENT_MASK", mask),
         ("AUGMENT_NGRAM", ngram),
         ("SEED", seed),
     ):
         settings.setattr(distill, name, value)
     return distill.augment(
-        {"text": texts}, range(len(texts)), distill.make_word_splitter(tokenizer)
+        {"text": texts}, range(len(texts)), distill.make_word_splitter(tokenizer), n
     )
 
 
@@ -171,18 +171,75 @@ def test_augment_follows_probabilities_and_seed(japanese, settings):
     assert copies(TEXTS[:1], japanese, settings, n=50)["text"] == made["text"][:50]
 
 
+def test_augment_replaces_words_by_others_of_the_texts(japanese, settings):
+    split = japanese.word_tokenizer.tokenize
+    made = copies(TEXTS, japanese, settings, n=50, replace=0.3, mask=0, ngram=0)["text"]
+    originals = [split(text) for text in TEXTS for _ in range(50)]
+    assert [*map(len, made)] == [*map(len, originals)]
+    pairs = [pair for copy, words in zip(made, originals) for pair in zip(copy, words)]
+    counts = Counter(words for text in TEXTS for words in split(text))
+    n_words = counts.total()
+    changed = [new for new, old in pairs if new != old]
+    by_chance = sum((count / n_words) ** 2 for count in counts.values())  # the same word again
+    assert len(changed) / len(pairs) == pytest.approx(0.3 * (1 - by_chance), abs=0.01)
+    assert {*changed} <= counts.keys()
+    rare, frequent = counts.most_common()[-1], counts.most_common(1)[0]
+    assert changed.count(frequent[0]) > 3 * changed.count(rare[0])  # as frequent as in the texts
+
+
+def test_augment_masks_and_replaces_each_word_of_a_pair_by_itself(japanese, settings):
+    settings.setattr(distill, "TEXT_PAIR_COLUMN", "other")
+    settings.setattr(distill, "AUGMENT_NGRAM", 0)
+    made = distill.augment(
+        {"text": TEXTS, "other": TEXTS},
+        range(len(TEXTS)),
+        distill.make_word_splitter(japanese),
+        5,
+    )
+    assert made["text"] != made["other"] and len(made["text"]) == len(made["other"])
+
+
 def test_augment_splits_each_text_once(japanese, settings):
     seen = []
     words = distill.make_word_splitter(japanese)
-    settings.setattr(distill, "AUGMENT", 7)
     made = distill.augment(
-        {"text": TEXTS}, range(len(TEXTS)), lambda text: seen.append(text) or words(text)
+        {"text": TEXTS}, range(len(TEXTS)), lambda text: seen.append(text) or words(text), 7
     )["text"]
     settings.setattr(
         japanese.word_tokenizer, "tokenize", lambda *a, **b: pytest.fail("MeCab was asked again")
     )
     distill.encode([made], japanese, 32)
     assert seen == TEXTS
+
+
+@pytest.mark.parametrize(
+    "n_texts, expected", [(1, 10), (3000, 10), (3001, 9), (14_000, 2), (30_000, 1), (30_001, 0)]
+)
+def test_n_copies_are_more_for_fewer_texts(japanese, settings, n_texts, expected):
+    assert distill.n_copies(n_texts, japanese) == expected
+    settings.setattr(distill, "AUGMENT", 3)
+    assert distill.n_copies(n_texts, japanese) == 3
+
+
+@pytest.mark.parametrize(
+    "setting, value", [("METHOD", "none"), ("METHOD", "mate"), ("SOFT_LABELS_COLUMN", "soft")]
+)
+def test_n_copies_are_none_where_they_would_not_be_labelled(japanese, settings, setting, value):
+    settings.setattr(distill, setting, value)
+    assert distill.n_copies(100, japanese) == 0
+
+
+def test_n_copies_need_a_mask_token(japanese):
+    japanese.mask_token = None
+    assert distill.n_copies(100, japanese) == 0
+
+
+def test_few_texts_get_copies_by_default(teacher, data, run):
+    printed = run("--augment", "None", "--epochs", "1")
+    n_copies = int(re.search(r"train: 48 \+ (\d+) copies", printed)[1])
+    assert 300 < n_copies <= 480
+    assert report()["teacher"]["splits"]["train"]["examples"] == 48
+    assert report()["settings"]["AUGMENT"] is None
 
 
 def test_augment_copies_pairs(teacher, run):
@@ -198,33 +255,6 @@ def test_augment_copies_pairs(teacher, run):
         len(distill.load_student("distilled_model")([("部屋は広い", "風呂は狭い"), ("海", "山")]))
         == 2
     )
-
-
-# ── GENERATOR ──
-
-
-def test_fill_masks_replaces_every_mask(teacher, data, run, settings):
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=16,
-    )
-    BertForMaskedLM(config).save_pretrained("generator")
-    AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained("generator")
-    seen, add_soft_labels = [], distill.add_soft_labels
-    settings.setattr(
-        distill,
-        "add_soft_labels",
-        lambda data, *more: seen.append(data["train"]) or add_soft_labels(data, *more),
-    )
-    for generator in [], ["--generator", "generator"], ["--generator", "generator"]:
-        run("--augment", "2", "--augment-mask", "0.5", "--epochs", "1", *generator)
-    mask = AutoTokenizer.from_pretrained(SAMPLE / "base").mask_token_id
-    masked = [sum(ids.count(mask) for ids in one["input_ids"]) for one in seen]
-    assert masked[0] > 100 and masked[1] == 0 and len(seen[1]) > 130
-    assert seen[1]["input_ids"][:] == seen[2]["input_ids"][:]
 
 
 @pytest.mark.parametrize("header", [["text"], ["id", "text"]])

@@ -145,6 +145,7 @@ BAD = {
     "STUDENT_INIT": [" "],
     "STUDENT": ["lstm"],
     "AUGMENT": ["-1", "0.5"],
+    "AUGMENT_REPLACE": ["2"],
     "AUGMENT_MASK": ["1.1"],
     "AUGMENT_NGRAM": ["-0.1"],
     "UNLABELED": [" "],
@@ -291,7 +292,7 @@ def test_column_faults_refuse_equal_columns(teacher, data, fails):
             ["--method", "kd", "--loss-weights", "(1, 1)"],
             "LOSS_WEIGHTS = (1, 1): must be None or a weight for each term of METHOD",
         ),
-        (["--generator", "somewhere"], "does nothing without AUGMENT or a METHOD"),
+        (["--generator", "somewhere"], "does nothing without a METHOD of 'mate'"),
     ],
 )
 def test_option_faults_refuse_settings_that_do_not_fit(teacher, data, fails, options, told):
@@ -300,15 +301,15 @@ def test_option_faults_refuse_settings_that_do_not_fit(teacher, data, fails, opt
 
 def test_option_faults_and_missing_paths_of_options_are_named(teacher, data, fails, settings):
     message = fails("--student", "bilstm", "--student-init", "small", "--generator", "x")
-    assert "of a 'bilstm' it must be" in message and "without AUGMENT" in message
+    assert "of a 'bilstm' it must be" in message and "without a METHOD" in message
     settings.setattr(distill.importlib.util, "find_spec", lambda name: None)
     assert "pip install onnx onnxscript onnxruntime" in fails("--export", "onnx")
     assert "UNLABELED = 'nowhere'" in fails("--unlabeled", "nowhere")
     write_csv("other.csv", [["a"]], header=["sentence"])
     assert "other.csv has no column text among ['sentence']" in fails("--unlabeled", "other.csv")
-    assert "GENERATOR = './nowhere'" in fails("--augment", "1", "--generator", "./nowhere")
+    assert "GENERATOR = './nowhere'" in fails("--method", "mate", "--generator", "./nowhere")
     assert "is no masked-language model but a BertForSeq" in fails(
-        "--augment", "1", "--generator", str(teacher)
+        "--method", "mate", "--generator", str(teacher)
     )
 
 
