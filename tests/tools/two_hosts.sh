@@ -77,7 +77,7 @@ done
 
 # ── The runs ──
 
-options=(--epochs 2 --train-fraction 0.1 --max-length 64 --word-dropout 0)
+options=(--epochs 2 --train-fraction 0.1 --max-length 64 --augment 0)
 failed=0
 
 on_machine() { # NAMESPACE NUMBER OPTIONS…: one machine of the two; the other's files are hidden
