@@ -3324,15 +3324,16 @@ def load_extra_texts(train_rows, tokenizer):
 
 
 def n_copies(n_texts, tokenizer):
-    """Return AUGMENT; if it is None, 10, or as many as make 30,000 of n_texts texts.
+    """Return AUGMENT; if it is None, 10 or as many as make 30,000, for less than 10,000 texts.
 
-    It is 0 then where no teacher could label them, and for the methods of papers.
+    It is 0 where copies did not help by validation (more texts) or no teacher can label them, and
+    for the methods of papers.
     """
     if AUGMENT is not None:
         return AUGMENT
     method = METHODS[METHOD]
     is_for_copies = method.learns_from and not method.terms and not SOFT_LABELS_COLUMN
-    if not is_for_copies or tokenizer.mask_token_id is None:
+    if not is_for_copies or tokenizer.mask_token_id is None or n_texts >= 10_000:
         return 0
     return min(10, 30_000 // n_texts)
 

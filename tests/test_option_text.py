@@ -213,7 +213,8 @@ def test_augment_splits_each_text_once(japanese, settings):
 
 
 @pytest.mark.parametrize(
-    "n_texts, expected", [(1, 10), (3000, 10), (3001, 9), (14_000, 2), (30_000, 1), (30_001, 0)]
+    "n_texts, expected",
+    [(1, 10), (3000, 10), (3001, 9), (6000, 5), (9999, 3), (10_000, 0), (50_000, 0)],
 )
 def test_n_copies_are_more_for_fewer_texts(japanese, settings, n_texts, expected):
     assert distill.n_copies(n_texts, japanese) == expected
