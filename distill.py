@@ -3311,7 +3311,8 @@ def load_extra_texts(train_rows, tokenizer):
     if UNLABELED:
         n_classes = len(train_rows[0]["teacher_probabilities"]) if SOFT_LABELS_COLUMN else None
         extra["unlabeled"] = read_unlabeled(n_classes)
-    n = n_copies(len(train_rows), tokenizer)
+    n_texts = len(train_rows) + len(extra.get("unlabeled", ()))
+    n = n_copies(n_texts, tokenizer)
     if n:
         extra["copies"] = map_on_disk(
             train_rows,
@@ -3324,10 +3325,10 @@ def load_extra_texts(train_rows, tokenizer):
 
 
 def n_copies(n_texts, tokenizer):
-    """Return AUGMENT; if it is None, 10 or as many as make 30,000, for less than 10,000 texts.
+    """Return AUGMENT; if it is None, up to 10, for 30,000 copies of less than 10,000 texts.
 
-    It is 0 where copies did not help by validation (more texts) or no teacher can label them, and
-    for the methods of papers.
+    With more texts they did not help by validation. There are none either where no teacher could
+    label them, and for the methods of papers.
     """
     if AUGMENT is not None:
         return AUGMENT
