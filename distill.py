@@ -3325,7 +3325,7 @@ def load_extra_texts(train_rows, tokenizer):
 
 
 def n_copies(n_texts, tokenizer):
-    """Return AUGMENT; if it is None, up to 10, for 30,000 copies of less than 10,000 texts.
+    """Return AUGMENT; if it is None, up to 10, 30,000 at most, for fewer than 10,000 texts.
 
     With more texts they did not help by validation. There are none either where no teacher could
     label them, and for the methods of papers.

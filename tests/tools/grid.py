@@ -65,22 +65,14 @@ LEVERS = {
         "LEARNING_RATE": 2e-4,
         "schedule_epochs": 6,
     },
-    **{f"{n} copies, by accuracy": {"AUGMENT": n, "by_loss": False} for n in (1, 2, 5, 10, 20)},
     **{
-        f"{n} copies, other words, by accuracy": {
-            "AUGMENT": n,
-            "replaces": "word",
-            "by_loss": False,
-        }
+        f"{n} copies{name}, by accuracy": {"AUGMENT": n, "by_loss": False} | replacement
+        for name, replacement in {
+            "": {"AUGMENT_REPLACE": 0},
+            ", other words": {"AUGMENT_REPLACE": 0.1},
+            ", same part of speech": {"AUGMENT_REPLACE": 0, "by_tag": True},
+        }.items()
         for n in (1, 2, 5, 10, 20)
-    },
-    **{
-        f"{n} copies, same part of speech, by accuracy": {
-            "AUGMENT": n,
-            "replaces": "tag",
-            "by_loss": False,
-        }
-        for n in (2, 5, 10, 20)
     },
 }
 OPTIONS = {
@@ -91,9 +83,9 @@ OPTIONS = {
     "by_loss": False,  # the best epoch is that of the lowest loss, not of the highest accuracy
     "cls_weight": 0.0,  # weight of the mean squared difference from the teacher's pooled vector
     "cls_first": 0,  # epochs in which this difference is the only loss
-    "replaces": None,  # in copies some words by any "word", or by one of the same "tag"
+    "by_tag": False,  # copies in which words are replaced by others of the same part of speech
 }
-DATA_OPTIONS = "AUGMENT", "replaces"  # those for which the data are made anew
+DATA_OPTIONS = "AUGMENT", "AUGMENT_REPLACE", "by_tag"  # for these the data are made anew
 REPLACED_SHARE = 0.1  # of the words of a copy (Tang et al. 2019)
 N_REST = 5000
 
@@ -268,7 +260,7 @@ def with_teacher_pooled(rows, teacher, collate_fn):
     return rows.add_column("teacher_layers", list(vectors.numpy()))
 
 
-# ── Copies in which other words stand ──
+# ── Copies with words of the same part of speech ──
 
 
 @functools.cache
@@ -279,31 +271,27 @@ def tagger():
     return fugashi.GenericTagger(f"-d {unidic_lite.DICDIR} -r {unidic_lite.DICDIR}/mecabrc")
 
 
-def tagged_words(text, split_words, replaces):
-    """Return [(word, tag)]: UniDic's part of speech of a Japanese text, or one tag for all."""
-    if replaces == "tag":
-        return [(node.surface, node.feature[:2]) for node in tagger()(text)]
-    return [(word, None) for word in split_words(text)]
+def tagged_words(text):
+    """Return [(word, part of speech)] of a Japanese text, with the tags of UniDic."""
+    return [(node.surface, node.feature[:2]) for node in tagger()(text)]
 
 
-def augment_with_words(words_of_tag, replaces, batch, row_numbers, split_words):
-    """Do what `distill.augment` does, with texts in which words were replaced before."""
+def augment_by_tag(words_of_tag, batch, row_numbers, split_words, n):
+    """Do what `distill.augment` does; before, replace some words by others of their tag."""
     column = distill.TEXT_COLUMN
     copies = defaultdict(list)
     for text, row_number in zip(batch[column], row_numbers, strict=True):
         generator = np.random.default_rng([distill.SEED, row_number, 1])
-        words = tagged_words(text, split_words, replaces)
-        for copy_number in range(distill.AUGMENT):
+        words = tagged_words(text)
+        for copy_number in range(n):
             changed = [
                 words_of_tag[tag][generator.integers(len(words_of_tag[tag]))]
                 if generator.random() < REPLACED_SHARE
                 else word
                 for word, tag in words
             ]
-            with mock.patch.object(distill, "AUGMENT", 1):
-                made = AUGMENT(
-                    {column: [text]}, [row_number * 100 + copy_number], lambda _: changed
-                )
+            row = {column: [text]}
+            made = AUGMENT(row, [row_number * 100 + copy_number], lambda _, words=changed: words, 1)
             for name, values in made.items():
                 copies[name] += values
     return dict(copies)
@@ -323,18 +311,19 @@ def run(folder, name, seed, levers, settings):
     for lever in levers:
         if lever not in tried:
             groups[tuple(LEVERS[lever].get(option) for option in DATA_OPTIONS)].append(lever)
-    for (n_copies, replaces), group in groups.items():
+    for (n_copies, replaced_share, by_tag), group in groups.items():
         own_settings = [*settings, "--augment", str(n_copies or 0), "--seed", str(seed)]
+        own_settings += ["--augment-replace", str(replaced_share or 0)]
         places = [
             "--output",
             str(folder / name / "student"),
             "--cache",
             str(folder / name / "cache"),
         ]
-        run_group(group, rows_path, replaces, [*own_settings, *places])
+        run_group(group, rows_path, by_tag, [*own_settings, *places])
 
 
-def run_group(levers, rows_path, replaces, settings):
+def run_group(levers, rows_path, by_tag, settings):
     """Run distill.py up to its training; there, try the levers instead."""
     found = {}  # what the levers need besides the trainer
     original = {
@@ -352,13 +341,12 @@ def run_group(levers, rows_path, replaces, settings):
         return original["take_fraction"](rows, n_classes)
 
     def load_extra_texts(rows, tokenizer):
-        if replaces:
+        if by_tag:
             words_of_tag = defaultdict(list)
-            split_words = distill.make_word_splitter(tokenizer)
             for text in rows[distill.TEXT_COLUMN]:
-                for word, tag in tagged_words(text, split_words, replaces):
+                for word, tag in tagged_words(text):
                     words_of_tag[tag].append(word)
-            augment = functools.partial(augment_with_words, words_of_tag, replaces)
+            augment = functools.partial(augment_by_tag, words_of_tag)
             stack.enter_context(mock.patch.object(distill, "augment", augment))
         extra = original["load_extra_texts"](rows, tokenizer)
         return extra | ({"rest": found["rest"]} if "rest" in found else {})
