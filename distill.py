@@ -1173,6 +1173,11 @@ def preflight_checks(config, tokenizer):
         config = load_student_init(config).config
     if STUDENT == "bert" and STUDENT_INIT != "random":
         layers_to_copy(config)
+    if WORD_DROPOUT and config.is_encoder_decoder:
+        raise Problem(
+            f"WORD_DROPOUT = {WORD_DROPOUT}: a decoder, as {config.model_type!r} has, would still "
+            "read the hidden words. Set it to 0."
+        )
     rewrites = "KL′" in METHODS[METHOD].terms
     if (rewrites or AUGMENT) and tokenizer.mask_token_id is None:
         raise Problem(
@@ -2125,6 +2130,7 @@ def text_key(ids):
 
 def log_tokens(data, tokenizer):
     """Say how long the texts are, and note if many of their tokens are unknown."""
+    data = {name: rows for name, rows in data.items() if name != "copies"}
     lengths = np.concatenate([column_array(rows, "length") for rows in data.values()])
     n_truncated = sum(column_array(rows, "truncated").sum() for rows in data.values())
     log(
@@ -3299,7 +3305,7 @@ def add_given_soft_labels(data):
 
 TRAIN_FRACTION = 1.0  # share of the labelled training texts to use, each label in proportion
 UNLABELED = None  # texts that only the teacher labels: a file (.txt: one per line) or a folder
-AUGMENT = None  # changed copies of each training text; None: 10 if texts are few, see `n_copies`
+AUGMENT = None  # changed copies of each training text; None: up to 10 if texts are few (`n_copies`)
 AUGMENT_REPLACE = 0.1  # in a copy, the probability that a word becomes another one of the texts
 AUGMENT_MASK = 0.1  # the probability that a word becomes [MASK]
 AUGMENT_NGRAM = 0.25  # the probability that a copy keeps only 2 to 10 neighbouring words
@@ -3320,21 +3326,22 @@ def load_extra_texts(train_rows, tokenizer):
             with_indices=True,
             remove_columns=train_rows.column_names,
             fn_kwargs={"split_words": make_word_splitter(tokenizer), "n": n},
+            batch_size=10_000,  # the texts whose words replace one another
         )
     return extra
 
 
 def n_copies(n_texts, tokenizer):
-    """Return AUGMENT; if it is None, up to 10, 30,000 at most, for fewer than 10,000 texts.
+    """Return AUGMENT; if it is None, up to 10 of each text, for fewer than 10,000 texts.
 
-    With more texts they did not help by validation. There are none either where no teacher could
-    label them, and for the methods of papers.
+    They are at most 30,000 in all. With more texts they did not help by validation. There are none
+    either for the methods of papers, and where a teacher could not label them or does not count.
     """
     if AUGMENT is not None:
         return AUGMENT
     method = METHODS[METHOD]
-    is_for_copies = method.learns_from and not method.terms and not SOFT_LABELS_COLUMN
-    if not is_for_copies or tokenizer.mask_token_id is None or n_texts >= 10_000:
+    is_plain = method.learns_from and ALPHA and not method.terms
+    if not is_plain or SOFT_LABELS_COLUMN or tokenizer.mask_token_id is None or n_texts >= 10_000:
         return 0
     return min(10, 30_000 // n_texts)
 
@@ -3400,21 +3407,23 @@ def make_word_splitter(tokenizer):
 def augment(batch, row_numbers, split_words, n):
     """Return n copies of each text, as lists of words, None for a masked word.
 
-    Each word becomes another word of the batch with the probability AUGMENT_REPLACE, then a mask
-    with AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10 neighbouring words are kept (Tang et
-    al. 2019, arXiv:1903.12136, whose words are of the same part of speech). Copies have no hard
-    label, as it may not hold for them. The random numbers of a text depend on SEED and its row.
+    Each word becomes another word of the batch with the probability AUGMENT_REPLACE (after its own
+    white space), then a mask with AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10 neighbouring
+    words are kept (Tang et al. 2019, arXiv:1903.12136, whose words are of the same part of speech).
+    Copies have no hard label, as it may not hold for them. The random numbers of a text depend on
+    SEED and its row.
     """
     copies = {column: [] for column in text_columns()}
     for column_number, (column, column_copies) in enumerate(copies.items()):
         texts = [split_words(text) for text in batch[column]]
-        words_of_batch = np.array([word for words in texts for word in words], object)
+        pool = [word.lstrip() for words in texts for word in words]
         for words, row_number in zip(texts, row_numbers, strict=True):
             generator = np.random.default_rng([SEED, row_number, column_number])
             for _ in range(n):
                 new_words = np.array(words, object)
-                is_replaced = generator.random(len(words)) < AUGMENT_REPLACE
-                new_words[is_replaced] = generator.choice(words_of_batch, is_replaced.sum())
+                for place in np.flatnonzero(generator.random(len(words)) < AUGMENT_REPLACE):
+                    space = re.match(r"\s*", words[place])[0]
+                    new_words[place] = space + pool[generator.integers(len(pool))]
                 new_words[generator.random(len(words)) < AUGMENT_MASK] = None
                 if generator.random() < AUGMENT_NGRAM:
                     length = generator.integers(2, 10, endpoint=True)
@@ -4243,7 +4252,7 @@ def cascade_curve(outputs):
 def format_cascade(cascade):
     """Return the lines of the report about the cascade, with what it promises and keeps on test."""
     if cascade["threshold"] == 0:
-        lines = ["Cascade: on val the student alone keeps enough; it needs no teacher."]
+        lines = ["Cascade: on val the student alone keeps enough."]
     else:
         line = (
             f"({cascade['share']:.1%} of test): accuracy {cascade['accuracy']:.4f}, agreement "
@@ -4910,7 +4919,8 @@ SETTING_RULES = {
     "DROPOUT": "a number from 0 to 0.999 or None",
     "WORD_DROPOUT": "a number from 0 to 0.999",
     "ALPHA AUGMENT_REPLACE AUGMENT_MASK AUGMENT_NGRAM MASK_RATE": "a number from 0 to 1",
-    "TRAIN_FRACTION CASCADE_KEEPS": "a number above 0 up to 1",
+    "TRAIN_FRACTION": "a number above 0 up to 1",
+    "CASCADE_KEEPS": "a number above 0 up to 0.999",  # all of it no number of texts could show
     "BASELINE": "True or False",
     "ASK_TEACHER": "None or 'auto' or a number from 0 to 1",
     "METHOD": one_of(METHODS),

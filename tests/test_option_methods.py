@@ -737,6 +737,11 @@ def test_check_architecture_refuses_method_not_for_family(data, fails, family, m
     assert f"is of the family '{family}'; METHOD = '{method}' accepts bert, roberta" in message
 
 
+def test_preflight_checks_refuse_word_dropout_for_a_decoder(data, fails):
+    save_family("finetuned_bert_japanese", "bart")
+    assert "WORD_DROPOUT = 0.2: a decoder, as 'bart' has" in fails("--word-dropout", "0.2")
+
+
 def test_check_architecture_refuses_unknown_family(data, fails):
     save_family("finetuned_bert_japanese", "albert")
     assert (

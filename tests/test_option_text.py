@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from conftest import MODEL, SAMPLE, history, report, rows, write_csv
@@ -187,6 +188,26 @@ def test_augment_replaces_words_by_others_of_the_texts(japanese, settings):
     assert changed.count(frequent[0]) > 3 * changed.count(rare[0])  # as frequent as in the texts
 
 
+def test_augment_keeps_white_space_before_a_replaced_word(rust, settings):
+    texts = ["the film is not a good one", "it isn't, the film."]
+    made = copies(texts, rust, settings, n=50, replace=0.5, mask=0, ngram=0)["text"]
+    spaces = [[word != word.lstrip() for word in words] for words in made]
+    split = distill.make_word_splitter(rust)
+    originals = [[word != word.lstrip() for word in split(text)] for text in texts]
+    assert spaces == [one for one in originals for _ in range(50)]
+    assert "".join(made[0]) != texts[0]
+
+
+def test_augment_takes_words_of_all_texts_by_default(teacher, settings):
+    """Of 1,001 texts, too, which datasets would cut into 1,000 and one."""
+    texts = ["雨"] * 1000 + ["雪"]
+    settings.setattr(distill, "AUGMENT_REPLACE", 1.0)
+    Path(distill.CACHE).mkdir()
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    made = distill.load_extra_texts(datasets.Dataset.from_dict({"text": texts}), tokenizer)
+    assert {word for text in made["copies"][-9:]["text"] for word in text} - {None} == {"雨"}
+
+
 def test_augment_masks_and_replaces_each_word_of_a_pair_by_itself(japanese, settings):
     settings.setattr(distill, "TEXT_PAIR_COLUMN", "other")
     settings.setattr(distill, "AUGMENT_NGRAM", 0)
@@ -223,7 +244,8 @@ def test_n_copies_are_more_for_fewer_texts(japanese, settings, n_texts, expected
 
 
 @pytest.mark.parametrize(
-    "setting, value", [("METHOD", "none"), ("METHOD", "mate"), ("SOFT_LABELS_COLUMN", "soft")]
+    "setting, value",
+    [("METHOD", "none"), ("METHOD", "mate"), ("ALPHA", 0.0), ("SOFT_LABELS_COLUMN", "soft")],
 )
 def test_n_copies_are_none_where_they_would_not_be_labelled(japanese, settings, setting, value):
     settings.setattr(distill, setting, value)

@@ -172,7 +172,7 @@ BAD = {
     "TEACHER_LEARNING_RATE": ["0"],
     "CACHE": [""],
     "BASELINE": ["1", "yes"],
-    "CASCADE_KEEPS": ["0", "1.01"],
+    "CASCADE_KEEPS": ["0", "1"],
     "ASK_TEACHER": ["-0.1", "1.1", "never"],
     "SOFT_LABELS_COLUMN": [""],
 }
