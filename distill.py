@@ -110,7 +110,7 @@ ALPHA = 0.5  # "kd", "mse": weight of the soft labels; the hard labels (CE) get 
 TEMPERATURE = 2.0  # softens both sides in "kd"; raise it for an overconfident teacher
 # Training
 EPOCHS = 20  # at most; early stopping usually ends training sooner
-PATIENCE = 3  # epochs without a higher validation accuracy before training stops
+PATIENCE = 3  # epochs without improvement (validation accuracy, then loss) before training stops
 BATCH_SIZE = 32  # texts per step, over all processes
 LEARNING_RATE = 1e-4  # ("bert") higher than for 12 layers; lower it if the loss jumps
 SCHEDULE = "linear"  # learning rate after the warm-up: "linear" (to 0 at EPOCHS) or "constant"
