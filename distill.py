@@ -926,14 +926,16 @@ def write_report(report, folder):
 # ── Models and tokenizers: load and check ─────────────────────────────────────────────────────────
 
 # the families of models that can be teachers
-FAMILIES = "bert", "roberta", "bart", "electra", "deberta-v2", "modernbert", "distilbert"
+ROBERTAS = "roberta", "xlm-roberta", "camembert"
+BERT_LIKE = "bert", *ROBERTAS, "electra"  # whose layers are BERT's
+FAST_FAMILIES = *BERT_LIKE, "distilbert", "deberta-v2"  # that have a fast last layer
+FAMILIES = *FAST_FAMILIES, "bart", "luke", "modernbert"
 
 
 def classifier_class(config):
-    """Return the class of a classifier of this family; for BERT the fast one of this file."""
-    if config.model_type == "bert":
-        return BertForSequenceClassification
-    return transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    """Return the class of a classifier of this family; the fast one if there is one."""
+    stock = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return fast_class(stock) if config.model_type in FAST_FAMILIES else stock
 
 
 def load_teacher_config(teacher_name, recipe):
@@ -1013,7 +1015,8 @@ def check_architecture(config, what, setting):
             f"problem_type {config.problem_type!r}, and is of the family {config.model_type!r}; "
             f"METHOD = {METHOD!r} accepts {', '.join(families)}, fine-tuned as a "
             "…ForSequenceClassification that chooses one of two or more labels. To fine-tune a "
-            "model of these families first, name it in TEACHER_BASE."
+            "model of these families first, name it in TEACHER_BASE. A model of another family can "
+            "teach by its probabilities: see SOFT_LABELS_COLUMN."
         )
 
 
@@ -1060,7 +1063,7 @@ def takes_token_types(config):
 
 def max_tokens(config):
     """Return the largest number of tokens that a model takes."""
-    offset = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    offset = config.pad_token_id + 1 if config.model_type in (*ROBERTAS, "luke") else 0
     return getattr(config, "max_position_embeddings", 10**9) - offset
 
 
@@ -2426,7 +2429,7 @@ def teacher_cache_path(teacher, data):
     Raise Problem if the processes differ in the teacher or the texts: the outputs that they give
     one another would be cached under wrong names.
     """
-    code = hash_of(run_teacher, BertForSequenceClassification, make_collate_fn)
+    code = hash_of(run_teacher, fast_class, make_collate_fn)
     name = digest(teacher, versions(), code)
     contents = {"teachers, distill.py, or versions of Python, PyTorch or transformers": name}
     for split, rows in data.items():
@@ -2796,11 +2799,25 @@ def training_parts(trainer):
 # ── Fast BERT: the same results in less time ──────────────────────────────────────────────────────
 
 
-class BertForSequenceClassification(transformers.BertForSequenceClassification):
-    """The stock class with the same parameters, outputs and gradients, and a faster last layer.
+@functools.cache
+def fast_class(stock):
+    """Return a stock classifier class of FAST_FAMILIES with the fast forward.
 
-    It has the stock name because config.json saves the name, for every program that loads the
-    student.
+    It has the stock name, which save_pretrained writes into config.json.
+    """
+    fast = FastDebertaV2Classifier if "DebertaV2" in stock.__name__ else FastClassifier
+    return type(stock.__name__, (fast, stock), {})
+
+
+def __getattr__(name):
+    """Return a fast class by its name, by which pickle finds it (from one process to the next)."""
+    if name.endswith("ForSequenceClassification"):
+        return fast_class(getattr(transformers, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class FastClassifier:
+    """A stock class with the same parameters, outputs and gradients, and a faster last layer.
 
     Of the last layer the classifier reads one position, [CLS]. So the query, the output of the
     attention and the feed-forward are computed for that position only. Keys and values are not
@@ -2812,7 +2829,8 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
         context  Σ_j p_j (W_v x_j + b_v) = W_v (Σ_j p_j x_j) + b_v Σ_j p_j
                  with dropout Σ_j p_j is not 1
 
-    If a caller asks for more than logits, say for the loss of labels, the stock forward runs.
+    If a caller asks for more than logits, say for the loss of labels, the stock forward runs. Not
+    equal are only the gradients of a text whose [CLS] is masked, and what is said of an empty text.
     """
 
     def __init__(self, config):
@@ -2821,95 +2839,192 @@ class BertForSequenceClassification(transformers.BertForSequenceClassification):
             if type(module) is torch.nn.Dropout:
                 module.__class__ = FastDropout
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        **more,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, *rest, **more):
         """Take the arguments of the stock forward; logits: (batch, classes)."""
         config = self.config
+        more = {name: value for name, value in more.items() if value is not None}
+        token_type_ids, inputs_embeds = more.get("token_type_ids"), more.get("inputs_embeds")
         needs_stock_forward = (
-            more
-            or position_ids is not None
+            rest
+            or more.keys() - {"token_type_ids", "inputs_embeds"}
             or (input_ids is None) == (inputs_embeds is None)
             or (attention_mask is not None and attention_mask.dim() != 2)
-            or config.is_decoder
             or config.output_hidden_states
             or config.output_attentions
             or not config.return_dict
+            or not self.has_fast_layer()
         )
         if needs_stock_forward:
-            return super().forward(
-                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **more
-            )
+            return super().forward(input_ids, attention_mask, *rest, **more)
+        x = self.last_cls_state(input_ids, attention_mask, token_type_ids, inputs_embeds)
+        return SequenceClassifierOutput(logits=self.classify(x))
 
-        # embeddings, and all layers but the last
-        x = embed(self.bert.embeddings, input_ids, token_type_ids, inputs_embeds)
+    def has_fast_layer(self):
+        """Whether the last layer can be computed for [CLS] alone."""
+        return not getattr(self.config, "is_decoder", False)
+
+    def last_cls_state(self, input_ids, attention_mask, token_type_ids, inputs_embeds):
+        """Return the last layer's output at [CLS], (batch, hidden)."""
+        body = self.base_model
+        x = embed(body.embeddings, input_ids, token_type_ids, inputs_embeds)
+        if hasattr(body, "embeddings_project"):  # of a small ELECTRA
+            x = body.embeddings_project(x)
+        is_padding = None if attention_mask is None else attention_mask[:, None] == 0
         mask = None
-        if attention_mask is not None and (
-            torch.compiler.is_exporting() or not attention_mask.all()
-        ):
-            is_padding = 1 - attention_mask[:, None].to(x.dtype)
-            mask = is_padding * torch.finfo(x.dtype).min  # (batch, 1, length)
-        *layers, last_layer = self.bert.encoder.layer
+        if is_padding is not None and (torch.compiler.is_exporting() or is_padding.any()):
+            mask = is_padding.to(x.dtype) * torch.finfo(x.dtype).min  # (batch, 1, length)
+        *layers, last_layer = (body.encoder if hasattr(body, "encoder") else body.transformer).layer
         for layer in layers:
             x = layer(x, None if mask is None else mask[:, None])
+        return cls_layer(last_layer, x, mask)
 
-        # the last layer, for [CLS]
-        x = cls_layer(last_layer, x, mask)
-        logits = self.classifier(self.dropout(self.bert.pooler(x[:, None])))
-        return SequenceClassifierOutput(logits=logits)
+    def classify(self, x):
+        """Return the logits for the last state of [CLS], by the stock head."""
+        if hasattr(self, "pre_classifier"):  # DistilBERT
+            return self.classifier(self.dropout(self.pre_classifier(x).relu()))
+        x = x[:, None]  # the other heads take all positions, and read the first
+        pooler = getattr(self, "pooler", getattr(self.base_model, "pooler", None))
+        return self.classifier(x if pooler is None else self.dropout(pooler(x)))
 
 
 def cls_layer(layer, x, mask):
-    """Return the output of a BertLayer at the first position, (batch, hidden).
+    """Return the output of a layer of BERT or DistilBERT at the first position, (batch, hidden).
 
     x: (batch, length, hidden). mask: (batch, 1, length), added to the scores; or None.
     """
-    attention = layer.attention.self
-    n_heads = attention.num_attention_heads
-    head_size = attention.attention_head_size
-    key_weight = attention.key.weight.view(n_heads, head_size, -1)
-    value_weight = attention.value.weight.view(n_heads, head_size, -1)
-    value_bias = attention.value.bias.view(n_heads, head_size)
-    cls = x[:, 0]
+    attention, cls = layer.attention, x[:, 0]
+    part = getattr(attention, "self", attention)
+    is_distilbert = hasattr(part, "q_lin")
+    names = ("q_lin", "k_lin", "v_lin") if is_distilbert else ("query", "key", "value")
+    to_query, to_key, to_value = (getattr(part, name) for name in names)
+    head_size = part.attention_head_size
+    query = to_query(cls).unflatten(1, (-1, head_size)) * head_size**-0.5
+    context = cls_context(part, x, query, to_key, to_value, mask)
+    if is_distilbert:
+        cls = layer.sa_layer_norm(part.out_lin(context) + cls)
+        return layer.output_layer_norm(layer.ffn.ff_chunk(cls) + cls)
+    return layer.feed_forward_chunk(attention.output(context, cls))
+
+
+def cls_context(part, x, query, to_key, to_value, added):
+    """Return what the first position gets by attention, (batch, hidden).
+
+    part: the attention, whose dropout is applied. x, added: as in ClsAttention. query: (batch,
+    heads, head size), scaled.
+    """
+    n_heads, head_size = query.shape[1:]
+    key_weight = to_key.weight.view(n_heads, head_size, -1)
+    value_weight = to_value.weight.view(n_heads, head_size, -1)
 
     # W_kᵀ q, for each head: (batch, heads, hidden)
-    query = attention.query(cls).view(-1, n_heads, head_size).transpose(0, 1) * head_size**-0.5
-    score_vectors = torch.bmm(query, key_weight).transpose(0, 1)
+    score_vectors = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)
 
     # Σ p_j x_j and Σ p_j; dropout is applied to ones, so that its mask can be multiplied in
     keep = None
-    if layer.training:
-        keep = attention.dropout(x.new_ones(*score_vectors.shape[:2], x.shape[1]))
-    p_sum, x_mean = ClsAttention.apply(x, score_vectors, mask, keep)
+    if part.training:
+        keep = part.dropout(x.new_ones(*score_vectors.shape[:2], x.shape[1]))
+    p_sum, x_mean = ClsAttention.apply(x, score_vectors, added, keep)
 
     context = torch.bmm(value_weight, x_mean.permute(1, 2, 0)).permute(2, 0, 1)
-    context = context + value_bias * p_sum
-    attention_output = layer.attention.output(context.flatten(1), cls)
-    return layer.feed_forward_chunk(attention_output)
+    return (context + to_value.bias.view(n_heads, head_size) * p_sum).flatten(1)
 
 
 def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
-    """Return what BertEmbeddings returns, (batch, length, hidden).
+    """Return what the embeddings of BERT and its like return, (batch, length, hidden).
 
     Positions and types are added first, which saves one pass over the large tensor: 0 to 14 % of
     the time of inference (one layer, batch 32, 16 and 64 tokens).
     """
     length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-    types = embeddings.token_type_embeddings.weight[0]
-    if token_type_ids is not None:
-        types = embeddings.token_type_embeddings(token_type_ids)
-    positions = embeddings.position_embeddings.weight[:length] + types
+    positions = position_vectors(embeddings, input_ids, token_type_ids, length)
     if inputs_embeds is None:  # in place: a sixth of the time of inference at 512 tokens
         x = embeddings.word_embeddings(input_ids).add_(positions)
     else:
         x = inputs_embeds + positions
     return embeddings.dropout(embeddings.LayerNorm(x))
+
+
+def position_vectors(embeddings, input_ids, token_type_ids, length):
+    """Return the sum of position and type vectors, (length, hidden) or (batch, length, hidden).
+
+    RoBERTa numbers the tokens from its padding id on, without the padding, which has that number;
+    given no input_ids, it takes all for tokens.
+    """
+    padding_id = getattr(embeddings, "padding_idx", None)
+    first = 0 if padding_id is None else padding_id + 1
+    x = embeddings.position_embeddings.weight[first : first + length]
+    if padding_id is not None and input_ids is not None:
+        is_token = input_ids != padding_id
+        if torch.compiler.is_exporting() or not is_token.all():
+            x = embeddings.position_embeddings(is_token.cumsum(1) * is_token + padding_id)
+    types = getattr(embeddings, "token_type_embeddings", None)  # DistilBERT has none
+    if types is None:
+        return x
+    return x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+
+
+class FastDebertaV2Classifier(FastClassifier):
+    """The same for DeBERTa-v2 (He et al. 2021, https://arxiv.org/abs/2006.03654) with one layer.
+
+    Its scores have up to three parts. With k_j = W_k x_j + b_k, the query q of [CLS], the vector
+    e_j of the distance from [CLS] to j, and two projections of it, to a key and to a query:
+
+        q · k_j           see FastClassifier
+        q · key(e_j)      does not depend on x_j
+        query(e_j) · k_j  = (W_kᵀ query(e_j)) · x_j + query(e_j) · b_k
+                          one vector for each head and j, the same for all texts
+    """
+
+    def has_fast_layer(self):
+        return self.config.relative_attention and self.config.num_hidden_layers == 1
+
+    def last_cls_state(self, input_ids, attention_mask, token_type_ids, inputs_embeds):
+        encoder = self.deberta.encoder
+        x = self.deberta.embeddings(input_ids, token_type_ids, None, attention_mask, inputs_embeds)
+        mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
+        [layer] = encoder.layer
+        part, cls = layer.attention.self, x[:, 0]
+        distances = encoder.get_rel_pos(x, query_states=x[:, :1])[0, 0]
+        buckets = (distances + part.pos_ebd_size).clamp(0, 2 * part.pos_ebd_size - 1)
+        distance_vectors = part.pos_dropout(encoder.get_rel_embedding())[buckets]
+
+        n_parts = 1 + len({*part.pos_att_type} & {"c2p", "p2c"})
+        scale = np.sqrt(np.float32(n_parts * part.attention_head_size)).item()  # as in stock
+        query = part.query_proj(cls).unflatten(1, (-1, part.attention_head_size)) / scale
+        scores = distance_scores(part, x, query, distance_vectors, scale)
+        is_seen = mask[:, None] * mask[:, None, :1]  # by [CLS], if that is no padding itself
+        scores = scores.masked_fill(is_seen == 0, torch.finfo(x.dtype).min)
+        context = cls_context(part, x, query, part.key_proj, part.value_proj, scores)
+        cls = layer.attention.output(context, cls)
+        cls = layer.output(layer.intermediate(cls), cls)
+        if encoder.conv is not None:
+            if not torch.compiler.is_exporting():  # a graph cannot ask whether a text is shorter
+                n_read = 1 + encoder.conv.conv.padding[0]
+                x, mask = x[:, :n_read], mask[:, :n_read]
+            cls = encoder.conv(x, cls[:, None], mask)[:, 0]
+        return cls
+
+
+def distance_scores(part, x, query, distance_vectors, scale):
+    """Return the parts of DeBERTa's scores that depend on distances, (batch, heads, length).
+
+    part: its attention. query: (batch, heads, head size), divided by `scale`. distance_vectors:
+    (length, hidden).
+    """
+    heads = part.num_attention_heads, -1
+    scores = x.new_zeros(x.shape[0], heads[0], x.shape[1])
+    if "c2p" in part.pos_att_type:
+        to_key = part.key_proj if part.share_att_key else part.pos_key_proj
+        keys = to_key(distance_vectors).unflatten(1, heads)
+        scores = scores + torch.einsum("bhd,nhd->bhn", query, keys)
+    if "p2c" in part.pos_att_type:
+        to_query = part.query_proj if part.share_att_key else part.pos_query_proj
+        queries = to_query(distance_vectors).unflatten(1, heads) / scale
+        key_weight = part.key_proj.weight.unflatten(0, heads)
+        score_vectors = torch.einsum("nhd,hdk->nhk", queries, key_weight)
+        scores = scores + torch.einsum("bnk,nhk->bhn", x, score_vectors)
+        scores = scores + torch.einsum("nhd,hd->hn", queries, part.key_proj.bias.view(heads))
+    return scores
 
 
 class FastDropout(torch.nn.Dropout):
@@ -2938,16 +3053,17 @@ class FastDropout(torch.nn.Dropout):
 class ClsAttention(torch.autograd.Function):
     """Attention of one position: returns Σ_j p_j (b, heads, 1) and Σ_j p_j x_j (b, heads, hidden).
 
-    p = softmax(scores · x + mask) * keep, with x (b, length, hidden), scores (b, heads, hidden),
-    mask (b, 1, length) or None, keep (b, heads, length) or None. The gradient is written by hand:
-    that of x, the one large tensor, is one product instead of two and a sum.
+    p = softmax(scores · x + added) * keep, with x (b, length, hidden), scores (b, heads, hidden),
+    added (b, 1 or heads, length), a mask or more scores, or None, keep (b, heads, length) or None.
+    The gradient is written by hand: that of x, the one large tensor, is one product instead of two
+    and a sum.
     """
 
     @staticmethod
-    def forward(context, x, scores, mask, keep):
+    def forward(context, x, scores, added, keep):
         logits = torch.bmm(scores, x.transpose(1, 2))
-        if mask is not None:
-            logits = logits + mask
+        if added is not None:
+            logits = logits + added
         weights = logits.softmax(-1)
         p = weights if keep is None else weights * keep
         context.save_for_backward(x, scores, weights, p, keep)
@@ -2961,13 +3077,13 @@ class ClsAttention(torch.autograd.Function):
         grad -= weights * grad.sum(-1, keepdim=True)
         left = torch.cat([grad, p], 1).transpose(1, 2)
         grad_x = torch.bmm(left, torch.cat([scores, grad_mean], 1))
-        return grad_x, torch.bmm(grad, x), None, None
+        return grad_x, torch.bmm(grad, x), grad if context.needs_input_grad[2] else None, None
 
 
 def only_used_embeddings(trainer):
     """Return `used_embedding_rows` for what a trainer trains on, if it needs no other rows."""
     model = trainer.model
-    is_ours = isinstance(model, (BertForSequenceClassification, *OWN_CLASSES.values()))
+    is_ours = isinstance(model, (FastClassifier, *OWN_CLASSES.values()))
     if not is_ours or trainer.needs_all_embeddings:  # others may use their embeddings elsewhere
         return contextlib.nullcontext()
     return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
@@ -2994,7 +3110,7 @@ def used_embedding_rows(model, *splits):
             is_used[np.concatenate(part["input_ids"])] = True
 
     # an embedding of these rows, which still takes the original token ids
-    new_id = is_used.cumsum(0) - 1
+    new_id = (is_used.cumsum(0) - 1).clamp(0)  # masked positions may hold any id
     padding_idx = None if full.padding_idx is None else new_id[full.padding_idx].item()
     rows = torch.cat([full.weight[is_used], torch.ones_like(full.weight[:1])]).detach()
     small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
@@ -3092,15 +3208,18 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     REFIT_WORDS layers, over `rows` and the word by itself (in the manner of Bommasani et al. 2020,
     https://aclanthology.org/2020.acl-main.431). It is an ordinary embedding, and trained further.
     """
+    config = teacher.config
     is_bert_of_teacher = (STUDENT, STUDENT_INIT) == ("bert", "teacher")
-    if REFIT_WORDS == 0 or not is_bert_of_teacher or teacher.config.model_type != "bert":
+    is_projected = teacher.get_input_embeddings().embedding_dim != config.hidden_size
+    is_bert_like = config.model_type in BERT_LIKE and not is_projected  # as in a small ELECTRA
+    if REFIT_WORDS == 0 or not is_bert_of_teacher or not is_bert_like:
         return
-    n_layers = min(REFIT_WORDS, teacher.config.num_hidden_layers)
+    n_layers = min(REFIT_WORDS, config.num_hidden_layers)
 
     def make_vectors():
         return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
-    code = hash_of(contextual_vectors, BertForSequenceClassification, make_collate_fn)
+    code = hash_of(contextual_vectors, fast_class, make_collate_fn)
     vocabulary = sorted(tokenizer.get_vocab().items())
     special_ids = sorted(tokenizer.all_special_ids), tokenizer("")["input_ids"]
     parts = teacher, n_layers, vocabulary, special_ids, code, iter_batches(rows, "key")
@@ -3115,9 +3234,8 @@ def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
         f"its first {n_layers} layers read the training texts once more, for the student's word "
         "vectors",
     )
-    layers = range(n_layers)
-    lower_layers = copy_with_layers(teacher, type(teacher), layers, teacher.state_dict())
-    lower_layers = lower_layers.bert.eval()
+    lower_layers = copy_with_layers(teacher, type(teacher), range(n_layers), teacher.state_dict())
+    lower_layers = lower_layers.base_model.eval()
     embeddings = lower_layers.embeddings
     norm = embeddings.LayerNorm
     plain_vectors = embeddings.word_embeddings.weight
@@ -3142,18 +3260,18 @@ def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
         states = lower_layers(**model_inputs(batch)).last_hidden_state
         # undo the LayerNorm; the small constant avoids a division by 0
         states = (states - norm.bias) * norm.weight / (norm.weight**2 + 1e-4)
-        token_types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
-        types = embeddings.token_type_embeddings(token_types)
-        positions = embeddings.position_embeddings.weight[: types.shape[1]] + types
+        types = batch.get("token_type_ids")
+        positions = position_vectors(embeddings, batch["input_ids"], types, states.shape[1])
         state_sums.index_add_(0, token_ids, states[is_token])
-        position_sums.index_add_(0, token_ids, positions[is_token])
+        position_sums.index_add_(0, token_ids, positions.expand_as(states)[is_token])
         counts += torch.bincount(token_ids, minlength=len(counts))[:, None]
 
-    # The LayerNorm does not depend on the size of its input: the size stays as it was.
-    mean_positions = position_sums / counts.clamp(min=1)
+    # The LayerNorm does not depend on the size of its input: the size stays as it was. (In place:
+    # XLM-RoBERTa's vectors take 768 MB.)
+    mean_positions = position_sums.div_(counts.clamp(min=1))
     size = (plain_vectors + mean_positions).std(-1, correction=0, keepdim=True)
-    normalized = F.layer_norm(state_sums, state_sums.shape[-1:], eps=0)
-    return torch.where(counts > 0, normalized * size - mean_positions, plain_vectors)
+    vectors = F.layer_norm(state_sums, state_sums.shape[-1:], eps=0).mul_(size).sub_(mean_positions)
+    return torch.where(counts > 0, vectors, plain_vectors)
 
 
 # ── Option: a teacher that is still to be made ────────────────────────────────────────────────────
@@ -3731,7 +3849,7 @@ class MethodTrainer(CustomTrainer):
     Terms begin with CE and KL. In evaluation the loss has these only: they need just the text.
     """
 
-    families = "bert", "roberta", "bart"
+    families = "bert", *ROBERTAS, "bart"
     learns_from = "model"
     softens = False
     paper_weights = ()  # of the terms, unless LOSS_WEIGHTS is set
@@ -3954,7 +4072,7 @@ class CildaTrainer(MethodTrainer):
 class CildaMinildTrainer(CildaTrainer):
     """METHOD "cilda+minild": the student, too, compares layers (言語処理学会 2023 Q3-2)."""
 
-    families = "bert", "roberta"
+    families = "bert", *ROBERTAS
     terms = "CE", "KL", "CRD", "CE′", "KL′", "CRD′"
     paper_weights = 2 / 9, 2 / 9, 2 / 9, 1 / 6, 1 / 12, 1 / 12
 
@@ -4858,11 +4976,13 @@ def recording(model, names, hooks):
     removes the hooks from the modules.
     """
     modules = dict(model.named_modules())
-    parameters = inspect.signature(model.forward).parameters
+    is_fast = isinstance(model, FastClassifier)  # with the arguments of the stock forward
+    forward = super(FastClassifier, model).forward if is_fast else model.forward
+    parameters = inspect.signature(forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_any = takes_any and not isinstance(model, transformers.PreTrainedModel)
     options = {}
-    if names & modules.keys() and isinstance(model, BertForSequenceClassification):
+    if names & modules.keys() and is_fast:
         options["output_hidden_states"] = True  # only the stock forward runs every module
     outputs = {}
 

@@ -21,11 +21,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertTokenizerFast,
+    PreTrainedTokenizerFast,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +63,7 @@ hypothesis.settings.load_profile("short")
 VOCABULARY = len((SAMPLE / "base" / "vocab.txt").read_text("utf-8").splitlines())
 LABELS = ("negative", "positive")
 MODEL = Path("distilled_model/model.safetensors")
+FastBert = distill.fast_class(BertForSequenceClassification)
 DEFAULTS = {name: getattr(distill, name) for name in distill.ACCEPTED}
 SAVE_FIGURE = distill.Figure.savefig
 TINY = "--data data --max-length 32 --epochs 3 --batch-size 8 --warmup-steps 2 --augment 0".split()
@@ -112,6 +115,67 @@ def save_model(folder, tokenizer=True, **changes):
     if tokenizer:
         AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
     return folder
+
+
+def family_model(family, seed=0, **changes):
+    """A small random classifier of a family, over the sample's vocabulary, without dropout."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=VOCABULARY,
+        num_labels=2,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+        pad_token_id=0,
+        initializer_range=0.2,
+        init_std=0.2,
+    )
+    for name in "hidden_size", "embedding_size", "dim", "d_model":
+        sizes[name] = 32
+    for name in "intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim":
+        sizes[name] = 64
+    for name in (
+        "num_attention_heads",
+        "n_heads",
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+    ):
+        sizes[name] = 2
+    for name in "num_hidden_layers", "encoder_layers", "decoder_layers":
+        sizes[name] = 3
+    for name in (
+        "dropout",
+        "attention_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "seq_classif_dropout",
+    ):
+        sizes[name] = 0.0
+    sizes["entity_vocab_size"] = 9  # LUKE's
+    if family == "bart":
+        sizes |= dict(
+            eos_token_id=3, bos_token_id=2, decoder_start_token_id=3, forced_eos_token_id=None
+        )
+    if family == "modernbert":
+        sizes |= dict(cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+    known = AutoConfig.for_model(family)
+    sizes = {name: value for name, value in sizes.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(family, **sizes | changes)
+    return distill.classifier_class(config)(config)
+
+
+def save_family(folder, family, **changes):
+    family_model(family, **changes).save_pretrained(folder)
+    if family == "modernbert":  # for which transformers loads Rust tokenizers only
+        names = {
+            f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")
+        }
+        rust = BertTokenizerFast(vocab=str(SAMPLE / "base" / "vocab.txt"))
+        PreTrainedTokenizerFast(tokenizer_object=rust.backend_tokenizer, **names).save_pretrained(
+            folder
+        )
+    else:
+        AutoTokenizer.from_pretrained(SAMPLE / "base").save_pretrained(folder)
+    return Path(folder)
 
 
 def save_generator(folder):

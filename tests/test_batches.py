@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ODD_TEXTS, relative_error, report, rows
+from conftest import ODD_TEXTS, FastBert, relative_error, report, rows
 from transformers import AutoTokenizer
 
 import distill
@@ -146,7 +146,7 @@ def test_classify_encoded_equals_stock_way_in_order_of_texts(teacher, monkeypatc
         AutoTokenizer.from_pretrained(teacher),
         [text for text, _ in rows("test", 40)] + ODD_TEXTS,
     )
-    model = distill.BertForSequenceClassification.from_pretrained(teacher)
+    model = FastBert.from_pretrained(teacher)
     for max_length in 64, 12:
         expected = stock(
             **tokenizer(

@@ -14,7 +14,7 @@ from pathlib import Path
 import fault_drill
 import pytest
 import torch
-from conftest import MODEL, ROOT, TINY, history, in_child, labelled, save_model, stand_in
+from conftest import MODEL, ROOT, TINY, FastBert, history, in_child, labelled, save_model, stand_in
 
 import distill
 
@@ -281,7 +281,7 @@ def test_main_tells_why_nothing_can_be_written(teacher, data, fails, monkeypatch
         raise OSError(number, os.strerror(number), "x")
 
     for owner, name in (
-        (distill.BertForSequenceClassification, "save_pretrained"),
+        (FastBert, "save_pretrained"),
         (distill, "save_with_checksum"),
     ):
         monkeypatch.setattr(owner, name, save_pretrained)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import report, rows
+from conftest import report, rows, save_family
 from transformers import (
     AutoTokenizer,
 )
@@ -73,6 +73,23 @@ def check_exports(run, folder, *options):
             assert 0 < milliseconds["median"] <= milliseconds["p95"]
     assert not [file for file in Path(folder).iterdir() if file.is_dir()]
     return figures
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("roberta", {}),
+        ("electra", {"embedding_size": 24}),
+        ("distilbert", {}),
+        (
+            "deberta-v2",
+            {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "conv_kernel_size": 3},
+        ),
+    ],
+)
+def test_export_of_families(data, run, family, changes):
+    save_family("finetuned_bert_japanese", family, **changes)
+    check_exports(run, "student", "--epochs", "1", "--export", "pt2")
 
 
 def test_export_refuses_graph_with_other_answers(teacher, data, fails, settings):

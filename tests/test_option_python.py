@@ -22,6 +22,7 @@ from conftest import (
     SAMPLE,
     SAVE_FIGURE,
     VOCABULARY,
+    FastBert,
     edit_json,
     outcome,
     rows,
@@ -295,6 +296,20 @@ def test_distill_takes_datasets_with_a_format(splits, settings, kind):
 
 
 @pytest.mark.parametrize("fast", [True, False])
+def test_recording_gives_the_arguments_that_the_stock_forward_names(fast):
+    model = tiny_model()
+    if fast:
+        model = FastBert(model.config)
+        model.load_state_dict(tiny_model().state_dict())
+    ids = torch.tensor([[2, 9, 11, 13, 3]])
+    batch = {"input_ids": ids, "position_ids": torch.arange(5)[None] + 7, "length": ids}
+    with contextlib.ExitStack() as hooks:
+        logits = distill.recording(model.eval(), {"logits"}, hooks)(batch)["logits"]
+    batch.pop("length")
+    assert torch.allclose(logits, tiny_model().eval()(**batch).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
 def test_distill_loss_of_logits_labels_and_layers_by_hand(splits, settings, fast):
     """The loss of terms over logits, labels and layers is their weighted sum.
 
@@ -303,11 +318,7 @@ def test_distill_loss_of_logits_labels_and_layers_by_hand(splits, settings, fast
     import transformers
 
     teacher, losses = tiny_model(), []
-    kind = (
-        distill.BertForSequenceClassification
-        if fast
-        else transformers.BertForSequenceClassification
-    )
+    kind = FastBert if fast else transformers.BertForSequenceClassification
     student = kind.from_pretrained(save_model("student", num_hidden_layers=1, seed=1))
     terms = [
         {"temperature": 3.0},

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import SAMPLE, rows, tiny_model
+from conftest import SAMPLE, FastBert, rows, tiny_model
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 import distill
@@ -23,10 +23,7 @@ def test_build_student_copies_chosen_layers(settings, layers, chosen):
     settings.setattr(distill, "INIT_LAYERS", layers)
     teacher = tiny_model(num_hidden_layers=5)
     weights, student = teacher.state_dict(), distill.build_student(teacher)
-    assert (
-        type(student) is distill.BertForSequenceClassification
-        and student.config.num_hidden_layers == 2
-    )
+    assert type(student) is FastBert and student.config.num_hidden_layers == 2
     assert {**student.config.to_dict(), "num_hidden_layers": 5} == teacher.config.to_dict()
     for name, tensor in student.state_dict().items():
         for number, source in enumerate(chosen):

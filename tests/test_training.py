@@ -325,8 +325,8 @@ def test_training_run_id_is_the_same_in_another_place(data, run, monkeypatch, op
 
 NO_KL = "* TEMPERATURE**2\n", "* 0\n"
 DOUBLED = (
-    "logits = self.classifier(self.dropout(self.bert",
-    "logits = 2 * self.classifier(self.dropout(self.bert",
+    "return self.classifier(x if pooler",
+    "return 2 * self.classifier(x if pooler",
 )
 PAD_ID = "pad_token_id=tokenizer.pad_token_id)"
 LAST_STEP = "        trainer.optimizer.zero_grad()\n"
@@ -383,9 +383,7 @@ def test_hash_of_follows_what_a_function_uses():
         == plain
         == code(("TEMPERATURE = 2.0  # softens", "TEMPERATURE = 3.0  # softens"))
     )
-    edited = code(
-        ("    context = context + value_bias * p_sum\n", "    context = context + value_bias\n")
-    )
+    edited = code((" * p_sum).flatten(1)", ").flatten(1)"))
     assert edited != plain
     other = load_edited()
     assert other.hash_of(other.contextual_vectors) != other.hash_of(other.collate)

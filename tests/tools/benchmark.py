@@ -3,6 +3,7 @@
     python tests/tools/benchmark.py  # a random 12-layer teacher, the sample's texts
     python tests/tools/benchmark.py --teacher DIR --data DIR --json benchmark.json
     python tests/tools/benchmark.py --only train_step,inference  # some parts
+    python tests/tools/benchmark.py --only train_step,inference --family roberta
 
 With --json, the parts that are left out stay as they were. Prints a table; FILE of --json is
 written anew after each part, so that a run that is stopped loses only one.
@@ -24,14 +25,15 @@ from statistics import median
 import datasets
 import torch
 import transformers
-from transformers import AutoTokenizer, BertConfig
+from transformers import AutoConfig, AutoTokenizer, BertConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
 
-Stock, Fast = transformers.BertForSequenceClassification, distill.BertForSequenceClassification
+Stock = transformers.BertForSequenceClassification
+Fast = distill.fast_class(Stock)
 ROUNDS = 5
 LENGTHS = 16, 32, 64, 128, 512
 SENTENCES = 5_000, 10_000, 20_000
@@ -79,11 +81,32 @@ def classify(setup, tokens):
 # ── One batch of 32 texts, hidden size 768, one layer ──
 
 
-def one_layer():
+SIZES = {  # BERT base's
+    "vocab_size": 32768,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 12,
+    "hidden_size": 768,
+    "embedding_size": 768,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 520,
+}
+DEBERTA_V3 = {  # what its base model has
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 256,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+
+
+def one_layer(family):
     """(stock, fast): one-layer models of BERT base's size with the same weights."""
     torch.manual_seed(0)
-    stock = Stock(BertConfig(vocab_size=32768, num_hidden_layers=1))
-    fast = Fast(stock.config)
+    sizes = SIZES | (DEBERTA_V3 if family == "deberta-v2" else {})
+    config = AutoConfig.for_model(family, **sizes)
+    stock = transformers.AutoModelForSequenceClassification.from_config(config)
+    fast = distill.classifier_class(config)(config)
     fast.load_state_dict(stock.state_dict())
     return stock, fast
 
@@ -98,12 +121,12 @@ def batch(length, n=32):
     }
 
 
-def train_step():
+def train_step(family):
     """A step of the script's own loop: loss, gradients, clipping, AdamW.
 
     Stock: stock class, whole vocabulary.
     """
-    stock, fast = one_layer()
+    stock, fast = one_layer(family)
     table = {"train": [], "val": []}
     with distill.used_embedding_rows(
         fast, datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})
@@ -129,8 +152,8 @@ def train_step():
         return {str(length): twice(medians(*steps(batch(length)))) for length in LENGTHS}
 
 
-def inference():
-    models = [model.eval() for model in one_layer()]
+def inference(family):
+    models = [model.eval() for model in one_layer(family)]
 
     @torch.inference_mode()
     def run(model, inputs):
@@ -501,6 +524,12 @@ def main():
     parser.add_argument(
         "--only", metavar="PARTS", default=",".join(PARTS), help="of " + ", ".join(PARTS)
     )
+    parser.add_argument(
+        "--family",
+        default="bert",
+        choices=distill.FAST_FAMILIES,
+        help="of the models of train_step and inference",
+    )
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -514,7 +543,7 @@ def main():
         setup = Setup(given.teacher, given.data, folder)
         for name in given.only.split(","):
             alone = name in ("train_step", "inference")
-            results |= {name: PARTS[name]()} if alone else PARTS[name](setup)
+            results |= {name: PARTS[name](given.family)} if alone else PARTS[name](setup)
             results["hardware"] = distill.hardware()
             print(
                 f"{name:<20}",
