@@ -927,6 +927,7 @@ def write_report(report, folder):
 
 # the families of models that can be teachers
 ROBERTAS = "roberta", "xlm-roberta", "camembert"
+COUNT_FROM_PADDING = *ROBERTAS, "luke"  # whose positions begin after the padding id
 BERT_LIKE = "bert", *ROBERTAS, "electra"  # whose layers are BERT's
 FAST_FAMILIES = *BERT_LIKE, "distilbert", "deberta-v2"  # that have a fast last layer
 FAMILIES = *FAST_FAMILIES, "bart", "luke", "modernbert"
@@ -971,6 +972,8 @@ def load_config(name, setting="TEACHER"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if setting.startswith("TEACHER"):
             check_architecture(config, what, setting)
+        if config.model_type in COUNT_FROM_PADDING and config.pad_token_id is None:
+            raise ValueError("its config.json has no pad_token_id, after which its positions begin")
         if setting in ("TEACHER", "OUTPUT"):
             set_labels(config, checked_label_names(config, what))
         else:  # whatever its labels were, it is to choose one of the teacher's
@@ -1063,7 +1066,7 @@ def takes_token_types(config):
 
 def max_tokens(config):
     """Return the largest number of tokens that a model takes."""
-    offset = config.pad_token_id + 1 if config.model_type in (*ROBERTAS, "luke") else 0
+    offset = config.pad_token_id + 1 if config.model_type in COUNT_FROM_PADDING else 0
     return getattr(config, "max_position_embeddings", 10**9) - offset
 
 
@@ -2829,8 +2832,8 @@ class FastClassifier:
         context  Σ_j p_j (W_v x_j + b_v) = W_v (Σ_j p_j x_j) + b_v Σ_j p_j
                  with dropout Σ_j p_j is not 1
 
-    If a caller asks for more than logits, say for the loss of labels, the stock forward runs. Not
-    equal are only the gradients of a text whose [CLS] is masked, and what is said of an empty text.
+    If a caller asks for more than logits, say for the loss of labels, the stock forward runs. Only
+    a text whose [CLS] is masked has other gradients, and one that is all masked other logits.
     """
 
     def __init__(self, config):
@@ -2841,7 +2844,6 @@ class FastClassifier:
 
     def forward(self, input_ids=None, attention_mask=None, *rest, **more):
         """Take the arguments of the stock forward; logits: (batch, classes)."""
-        config = self.config
         more = {name: value for name, value in more.items() if value is not None}
         token_type_ids, inputs_embeds = more.get("token_type_ids"), more.get("inputs_embeds")
         needs_stock_forward = (
@@ -2849,9 +2851,9 @@ class FastClassifier:
             or more.keys() - {"token_type_ids", "inputs_embeds"}
             or (input_ids is None) == (inputs_embeds is None)
             or (attention_mask is not None and attention_mask.dim() != 2)
-            or config.output_hidden_states
-            or config.output_attentions
-            or not config.return_dict
+            or self.config.output_hidden_states
+            or self.config.output_attentions
+            or not self.config.return_dict
             or not self.has_fast_layer()
         )
         if needs_stock_forward:
@@ -3210,8 +3212,8 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     """
     config = teacher.config
     is_bert_of_teacher = (STUDENT, STUDENT_INIT) == ("bert", "teacher")
-    is_projected = teacher.get_input_embeddings().embedding_dim != config.hidden_size
-    is_bert_like = config.model_type in BERT_LIKE and not is_projected  # as in a small ELECTRA
+    is_small_electra = teacher.get_input_embeddings().embedding_dim != config.hidden_size
+    is_bert_like = config.model_type in BERT_LIKE and not is_small_electra
     if REFIT_WORDS == 0 or not is_bert_of_teacher or not is_bert_like:
         return
     n_layers = min(REFIT_WORDS, config.num_hidden_layers)
@@ -3266,8 +3268,7 @@ def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
         position_sums.index_add_(0, token_ids, positions.expand_as(states)[is_token])
         counts += torch.bincount(token_ids, minlength=len(counts))[:, None]
 
-    # The LayerNorm does not depend on the size of its input: the size stays as it was. (In place:
-    # XLM-RoBERTa's vectors take 768 MB.)
+    # The LayerNorm does not depend on the size of its input: that stays. (In place: memory.)
     mean_positions = position_sums.div_(counts.clamp(min=1))
     size = (plain_vectors + mean_positions).std(-1, correction=0, keepdim=True)
     vectors = F.layer_norm(state_sums, state_sums.shape[-1:], eps=0).mul_(size).sub_(mean_positions)
@@ -3528,8 +3529,7 @@ def augment(batch, row_numbers, split_words, n):
     Each word becomes another word of the batch with the probability AUGMENT_REPLACE (after its own
     white space), then a mask with AUGMENT_MASK; then, with AUGMENT_NGRAM, only 2 to 10 neighbouring
     words are kept (Tang et al. 2019, arXiv:1903.12136, whose words are of the same part of speech).
-    Copies have no hard label, as it may not hold for them. The random numbers of a text depend on
-    SEED and its row.
+    Copies have no hard label: it may not hold for them. What is random depends on SEED and the row.
     """
     copies = {column: [] for column in text_columns()}
     for column_number, (column, column_copies) in enumerate(copies.items()):

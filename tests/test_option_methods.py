@@ -1,5 +1,6 @@
 """Option: other methods and families: losses by hand, schedule, masks, resume, whole runs."""
 
+import json
 import math
 from pathlib import Path
 
@@ -680,6 +681,13 @@ def test_check_architecture_refuses_method_not_for_family(data, fails, family, m
 def test_preflight_checks_refuse_word_dropout_for_a_decoder(data, fails):
     save_family("finetuned_bert_japanese", "bart")
     assert "WORD_DROPOUT = 0.2: a decoder, as 'bart' has" in fails("--word-dropout", "0.2")
+
+
+@pytest.mark.parametrize("family", distill.COUNT_FROM_PADDING)
+def test_load_config_refuses_no_padding_id_where_positions_count_from_it(data, fails, family):
+    path = save_family("finetuned_bert_japanese", family) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    assert "has no pad_token_id" in fails()
 
 
 def test_check_architecture_refuses_unknown_family(data, fails):
