@@ -101,7 +101,7 @@ STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
 STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
-REFIT_WORDS = 2  # word vectors are fitted to this many teacher layers; 0: they stay as they are
+REFIT_WORDS = 2  # teacher layers that word vectors are fitted to (BERT, RoBERTa, ELECTRA); 0: none
 DROPOUT = None  # in training ("bert" only); None: as in the model that it starts from
 WORD_DROPOUT = 0.0  # share of tokens hidden in training ("bert"): lowers the loss on few texts
 # Loss
@@ -584,19 +584,13 @@ def log_processes():
         texts = f"the teacher's texts and each batch of {BATCH_SIZE}"
         note(f"{world_size()} processes share {texts}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        note(
-            "accelerate starts one process on a CPU without --mpirun_hostfile; "
-            "torchrun starts several"
-        )
+        note("accelerate starts one process on a CPU without --mpirun_hostfile, torchrun several")
 
 
 def log_student(student, teacher):
     print(student)
-    log(
-        "student",
-        f"{student.num_parameters():,} parameters on {student.device}; the teacher has "
-        f"{teacher.num_parameters():,}",
-    )
+    size, teacher_size = student.num_parameters(), teacher.num_parameters()
+    log("student", f"{size:,} parameters on {student.device}; the teacher has {teacher_size:,}")
 
 
 def log_end(report):
@@ -642,9 +636,7 @@ def make_report(student, history, results, run_info, folder):
         "settings": {name: without_folders(globals()[name]) for name in ACCEPTED},
         "versions": {
             "python": platform.python_version(),
-            **{
-                library.__name__: library.__version__ for library in (torch, transformers, datasets)
-            },
+            **{module.__name__: module.__version__ for module in (torch, transformers, datasets)},
         },
         "hardware": hardware(),
     }
@@ -973,7 +965,7 @@ def load_config(name, setting="TEACHER"):
         if setting.startswith("TEACHER"):
             check_architecture(config, what, setting)
         if config.model_type in COUNT_FROM_PADDING and config.pad_token_id is None:
-            raise ValueError("its config.json has no pad_token_id, after which its positions begin")
+            raise ValueError("in its config.json, pad_token_id is null: positions begin after it")
         if setting in ("TEACHER", "OUTPUT"):
             set_labels(config, checked_label_names(config, what))
         else:  # whatever its labels were, it is to choose one of the teacher's
@@ -1389,9 +1381,8 @@ def find_parts(setting, kinds):
     files = data_files(path, kinds) or data_files(path / "data", kinds)
     is_saved = files and files.keys() <= {"state.json", "dataset_dict.json", "dataset_info.json"}
     if files and not is_saved:
-        log_unread(
-            name, os.listdir(path), [file.relative_to(path).parts[0] for file in files.values()]
-        )
+        read = [file.relative_to(path).parts[0] for file in files.values()]
+        log_unread(name, os.listdir(path), read)
         return files
 
     accepted = (
@@ -2346,9 +2337,7 @@ def hide_words(share, collate_fn, rows):
 
 def rows_of(columns):
     """Return columns, a dict of lists, as a list of dicts."""
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def model_inputs(batch):
@@ -2770,10 +2759,7 @@ def start_or_resume(trainer, checkpoint_path, run_id):
     if saved_id != run_id:
         saved_id = saved_id if isinstance(saved_id, dict) else {}
         different = [name for name in run_id | saved_id if saved_id.get(name) != run_id.get(name)]
-        log(
-            "training",
-            f"starts anew; changed since the last checkpoint: {short_list(different)}",
-        )
+        log("training", f"starts anew; changed since the checkpoint: {short_list(different)}")
         checkpoint = new_checkpoint
     if checkpoint["history"]:
         log("training", f"goes on after epoch {len(checkpoint['history'])}")
@@ -2804,18 +2790,24 @@ def training_parts(trainer):
 
 @functools.cache
 def fast_class(stock):
-    """Return a stock classifier class of FAST_FAMILIES with the fast forward.
+    """Return the fast version of `stock`, a classifier class of FAST_FAMILIES.
 
-    It has the stock name, which save_pretrained writes into config.json.
+    It has the same name, which save_pretrained writes into config.json, and the same arguments.
     """
     fast = FastDebertaV2Classifier if "DebertaV2" in stock.__name__ else FastClassifier
-    return type(stock.__name__, (fast, stock), {})
+
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **more):
+        return fast.forward(self, *args, **more)
+
+    return type(stock.__name__, (fast, stock), {"forward": forward})
 
 
 def __getattr__(name):
     """Return a fast class by its name, by which pickle finds it (from one process to the next)."""
-    if name.endswith("ForSequenceClassification"):
-        return fast_class(getattr(transformers, name))
+    stock = name.endswith("ForSequenceClassification") and getattr(transformers, name, None)
+    if stock and stock.config_class.model_type in FAST_FAMILIES:
+        return fast_class(stock)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -2832,8 +2824,10 @@ class FastClassifier:
         context  Σ_j p_j (W_v x_j + b_v) = W_v (Σ_j p_j x_j) + b_v Σ_j p_j
                  with dropout Σ_j p_j is not 1
 
-    If a caller asks for more than logits, say for the loss of labels, the stock forward runs. Only
-    a text whose [CLS] is masked has other gradients, and one that is all masked other logits.
+    The stock forward runs if a caller wants more than logits (the loss of labels, say), gives more
+    than tokens, their types and a mask, or has put hooks or other modules into the model. Where the
+    fast one runs, dropout draws other numbers, a text that is all masked has other logits, and, in
+    DeBERTa-v2, one of which [CLS] is masked other gradients.
     """
 
     def __init__(self, config):
@@ -2854,7 +2848,9 @@ class FastClassifier:
             or self.config.output_hidden_states
             or self.config.output_attentions
             or not self.config.return_dict
+            or torch.is_autocast_enabled("cpu")
             or not self.has_fast_layer()
+            or not all(map(is_stock, self.base_model.modules()))
         )
         if needs_stock_forward:
             return super().forward(input_ids, attention_mask, *rest, **more)
@@ -2871,9 +2867,9 @@ class FastClassifier:
         x = embed(body.embeddings, input_ids, token_type_ids, inputs_embeds)
         if hasattr(body, "embeddings_project"):  # of a small ELECTRA
             x = body.embeddings_project(x)
-        is_padding = None if attention_mask is None else attention_mask[:, None] == 0
         mask = None
-        if is_padding is not None and (torch.compiler.is_exporting() or is_padding.any()):
+        if attention_mask is not None and (is_traced() or not attention_mask.all()):
+            is_padding = attention_mask[:, None] == 0
             mask = is_padding.to(x.dtype) * torch.finfo(x.dtype).min  # (batch, 1, length)
         *layers, last_layer = (body.encoder if hasattr(body, "encoder") else body.transformer).layer
         for layer in layers:
@@ -2889,30 +2885,46 @@ class FastClassifier:
         return self.classifier(x if pooler is None else self.dropout(pooler(x)))
 
 
+def is_stock(module):
+    """Whether a module is one of torch, transformers or ours, without hooks of others."""
+    origins = "torch.nn.modules.", "transformers."
+    is_known = type(module).__module__.startswith(origins) or type(module) is FastDropout
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    hooks += module._backward_hooks, module._backward_pre_hooks
+    if any(hooks):  # those that transformers leaves behind for output_hidden_states do nothing
+        names = [getattr(hook, "__module__", "") for kind in hooks for hook in kind.values()]
+        is_known &= all(name.startswith("transformers.utils.") for name in names)
+    return is_known
+
+
+def is_traced():
+    """Whether a graph is made, which must also hold for other inputs than these."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def cls_layer(layer, x, mask):
     """Return the output of a layer of BERT or DistilBERT at the first position, (batch, hidden).
 
     x: (batch, length, hidden). mask: (batch, 1, length), added to the scores; or None.
     """
-    attention, cls = layer.attention, x[:, 0]
-    part = getattr(attention, "self", attention)
-    is_distilbert = hasattr(part, "q_lin")
+    attention, cls = getattr(layer.attention, "self", layer.attention), x[:, 0]
+    is_distilbert = hasattr(attention, "q_lin")
     names = ("q_lin", "k_lin", "v_lin") if is_distilbert else ("query", "key", "value")
-    to_query, to_key, to_value = (getattr(part, name) for name in names)
-    head_size = part.attention_head_size
+    to_query, to_key, to_value = (getattr(attention, name) for name in names)
+    head_size = attention.attention_head_size
     query = to_query(cls).unflatten(1, (-1, head_size)) * head_size**-0.5
-    context = cls_context(part, x, query, to_key, to_value, mask)
+    context = cls_context(attention, x, query, to_key, to_value, mask)
     if is_distilbert:
-        cls = layer.sa_layer_norm(part.out_lin(context) + cls)
+        cls = layer.sa_layer_norm(attention.out_lin(context) + cls)
         return layer.output_layer_norm(layer.ffn.ff_chunk(cls) + cls)
-    return layer.feed_forward_chunk(attention.output(context, cls))
+    return layer.feed_forward_chunk(layer.attention.output(context, cls))
 
 
-def cls_context(part, x, query, to_key, to_value, added):
+def cls_context(attention, x, query, to_key, to_value, added):
     """Return what the first position gets by attention, (batch, hidden).
 
-    part: the attention, whose dropout is applied. x, added: as in ClsAttention. query: (batch,
-    heads, head size), scaled.
+    x: (batch, length, hidden). query: of the first position, (batch, heads, head size), scaled.
+    added: to the scores, (batch, 1 or heads, length); or None.
     """
     n_heads, head_size = query.shape[1:]
     key_weight = to_key.weight.view(n_heads, head_size, -1)
@@ -2923,8 +2935,8 @@ def cls_context(part, x, query, to_key, to_value, added):
 
     # Σ p_j x_j and Σ p_j; dropout is applied to ones, so that its mask can be multiplied in
     keep = None
-    if part.training:
-        keep = part.dropout(x.new_ones(*score_vectors.shape[:2], x.shape[1]))
+    if attention.training:
+        keep = attention.dropout(x.new_ones(*score_vectors.shape[:2], x.shape[1]))
     p_sum, x_mean = ClsAttention.apply(x, score_vectors, added, keep)
 
     context = torch.bmm(value_weight, x_mean.permute(1, 2, 0)).permute(2, 0, 1)
@@ -2934,12 +2946,12 @@ def cls_context(part, x, query, to_key, to_value, added):
 def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
     """Return what the embeddings of BERT and its like return, (batch, length, hidden).
 
-    Positions and types are added first, which saves one pass over the large tensor: 0 to 14 % of
-    the time of inference (one layer, batch 32, 16 and 64 tokens).
+    Positions and types are added first: one pass less over the large tensor saves 0 to 14 % of the
+    time of inference (one layer, batch 32, 16 and 64 tokens).
     """
     length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
     positions = position_vectors(embeddings, input_ids, token_type_ids, length)
-    if inputs_embeds is None:  # in place: a sixth of the time of inference at 512 tokens
+    if inputs_embeds is None:  # in place: saves a sixth of the time of inference at 512 tokens
         x = embeddings.word_embeddings(input_ids).add_(positions)
     else:
         x = inputs_embeds + positions
@@ -2949,15 +2961,15 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
 def position_vectors(embeddings, input_ids, token_type_ids, length):
     """Return the sum of position and type vectors, (length, hidden) or (batch, length, hidden).
 
-    RoBERTa numbers the tokens from its padding id on, without the padding, which has that number;
-    given no input_ids, it takes all for tokens.
+    RoBERTa numbers the tokens from its padding id + 1 on, and padding has the number of its id;
+    without input_ids, all count as tokens.
     """
     padding_id = getattr(embeddings, "padding_idx", None)
     first = 0 if padding_id is None else padding_id + 1
     x = embeddings.position_embeddings.weight[first : first + length]
     if padding_id is not None and input_ids is not None:
         is_token = input_ids != padding_id
-        if torch.compiler.is_exporting() or not is_token.all():
+        if is_traced() or not is_token.all():
             x = embeddings.position_embeddings(is_token.cumsum(1) * is_token + padding_id)
     types = getattr(embeddings, "token_type_embeddings", None)  # DistilBERT has none
     if types is None:
@@ -2983,49 +2995,48 @@ class FastDebertaV2Classifier(FastClassifier):
     def last_cls_state(self, input_ids, attention_mask, token_type_ids, inputs_embeds):
         encoder = self.deberta.encoder
         x = self.deberta.embeddings(input_ids, token_type_ids, None, attention_mask, inputs_embeds)
-        mask = torch.ones(x.shape[:2]) if attention_mask is None else attention_mask
+        mask = x.new_ones(x.shape[:2]) if attention_mask is None else attention_mask
         [layer] = encoder.layer
-        part, cls = layer.attention.self, x[:, 0]
+        attention, cls = layer.attention.self, x[:, 0]
         distances = encoder.get_rel_pos(x, query_states=x[:, :1])[0, 0]
-        buckets = (distances + part.pos_ebd_size).clamp(0, 2 * part.pos_ebd_size - 1)
-        distance_vectors = part.pos_dropout(encoder.get_rel_embedding())[buckets]
+        buckets = (distances + attention.pos_ebd_size).clamp(0, 2 * attention.pos_ebd_size - 1)
+        distance_vectors = attention.pos_dropout(encoder.get_rel_embedding())[buckets]
 
-        n_parts = 1 + len({*part.pos_att_type} & {"c2p", "p2c"})
-        scale = np.sqrt(np.float32(n_parts * part.attention_head_size)).item()  # as in stock
-        query = part.query_proj(cls).unflatten(1, (-1, part.attention_head_size)) / scale
-        scores = distance_scores(part, x, query, distance_vectors, scale)
+        n_parts = 1 + len({*attention.pos_att_type} & {"c2p", "p2c"})
+        scale = np.sqrt(np.float32(n_parts * attention.attention_head_size)).item()  # as in stock
+        query = attention.query_proj(cls).unflatten(1, (-1, attention.attention_head_size)) / scale
+        scores = distance_scores(attention, x, query, distance_vectors, scale)
         is_seen = mask[:, None] * mask[:, None, :1]  # by [CLS], if that is no padding itself
         scores = scores.masked_fill(is_seen == 0, torch.finfo(x.dtype).min)
-        context = cls_context(part, x, query, part.key_proj, part.value_proj, scores)
+        context = cls_context(attention, x, query, attention.key_proj, attention.value_proj, scores)
         cls = layer.attention.output(context, cls)
         cls = layer.output(layer.intermediate(cls), cls)
         if encoder.conv is not None:
-            if not torch.compiler.is_exporting():  # a graph cannot ask whether a text is shorter
+            if not is_traced():  # a graph cannot ask whether a text is shorter
                 n_read = 1 + encoder.conv.conv.padding[0]
                 x, mask = x[:, :n_read], mask[:, :n_read]
             cls = encoder.conv(x, cls[:, None], mask)[:, 0]
         return cls
 
 
-def distance_scores(part, x, query, distance_vectors, scale):
+def distance_scores(attention, x, query, distance_vectors, scale):
     """Return the parts of DeBERTa's scores that depend on distances, (batch, heads, length).
 
-    part: its attention. query: (batch, heads, head size), divided by `scale`. distance_vectors:
-    (length, hidden).
+    query: (batch, heads, head size), divided by `scale`. distance_vectors: (length, hidden).
     """
-    heads = part.num_attention_heads, -1
+    heads = attention.num_attention_heads, -1
     scores = x.new_zeros(x.shape[0], heads[0], x.shape[1])
-    if "c2p" in part.pos_att_type:
-        to_key = part.key_proj if part.share_att_key else part.pos_key_proj
+    if "c2p" in attention.pos_att_type:
+        to_key = attention.key_proj if attention.share_att_key else attention.pos_key_proj
         keys = to_key(distance_vectors).unflatten(1, heads)
         scores = scores + torch.einsum("bhd,nhd->bhn", query, keys)
-    if "p2c" in part.pos_att_type:
-        to_query = part.query_proj if part.share_att_key else part.pos_query_proj
+    if "p2c" in attention.pos_att_type:
+        to_query = attention.query_proj if attention.share_att_key else attention.pos_query_proj
         queries = to_query(distance_vectors).unflatten(1, heads) / scale
-        key_weight = part.key_proj.weight.unflatten(0, heads)
+        key_weight = attention.key_proj.weight.unflatten(0, heads)
         score_vectors = torch.einsum("nhd,hdk->nhk", queries, key_weight)
         scores = scores + torch.einsum("bnk,nhk->bhn", x, score_vectors)
-        scores = scores + torch.einsum("nhd,hd->hn", queries, part.key_proj.bias.view(heads))
+        scores = scores + torch.einsum("nhd,hd->hn", queries, attention.key_proj.bias.view(heads))
     return scores
 
 
@@ -3041,8 +3052,8 @@ class FastDropout(torch.nn.Dropout):
         return "Dropout"  # the structure is printed like the teacher's
 
     def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
+        if not self.training or self.p in (0, 1):
+            return super().forward(x)
         expected = x.numel() * self.p
         n_gaps = int(expected + 10 * expected**0.5 + 10)  # ten standard deviations more
         uniform = torch.rand(n_gaps, device=x.device)
@@ -3055,31 +3066,33 @@ class FastDropout(torch.nn.Dropout):
 class ClsAttention(torch.autograd.Function):
     """Attention of one position: returns Σ_j p_j (b, heads, 1) and Σ_j p_j x_j (b, heads, hidden).
 
-    p = softmax(scores · x + added) * keep, with x (b, length, hidden), scores (b, heads, hidden),
+    p = softmax(vectors · x + added) * keep, with x (b, length, hidden), vectors (b, heads, hidden),
     added (b, 1 or heads, length), a mask or more scores, or None, keep (b, heads, length) or None.
     The gradient is written by hand: that of x, the one large tensor, is one product instead of two
-    and a sum.
+    and a sum. There are no second derivatives.
     """
 
     @staticmethod
-    def forward(context, x, scores, added, keep):
-        logits = torch.bmm(scores, x.transpose(1, 2))
+    def forward(ctx, x, vectors, added, keep):
+        scores = torch.bmm(vectors, x.transpose(1, 2))
         if added is not None:
-            logits = logits + added
-        weights = logits.softmax(-1)
+            scores = scores + added
+        weights = scores.softmax(-1)
         p = weights if keep is None else weights * keep
-        context.save_for_backward(x, scores, weights, p, keep)
+        ctx.save_for_backward(x, vectors, weights, p, keep)
         return p.sum(-1, keepdim=True), torch.bmm(p, x)
 
     @staticmethod
-    def backward(context, grad_sum, grad_mean):
-        x, scores, weights, p, keep = context.saved_tensors
+    def backward(ctx, grad_sum, grad_mean):
+        if torch.is_grad_enabled():
+            raise RuntimeError("distill.py: the fast [CLS] layer has no second derivatives")
+        x, vectors, weights, p, keep = ctx.saved_tensors
         grad_p = torch.bmm(grad_mean, x.transpose(1, 2)) + grad_sum
         grad = weights * (grad_p if keep is None else grad_p * keep)
         grad -= weights * grad.sum(-1, keepdim=True)
         left = torch.cat([grad, p], 1).transpose(1, 2)
-        grad_x = torch.bmm(left, torch.cat([scores, grad_mean], 1))
-        return grad_x, torch.bmm(grad, x), grad if context.needs_input_grad[2] else None, None
+        grad_x = torch.bmm(left, torch.cat([vectors, grad_mean], 1))
+        return grad_x, torch.bmm(grad, x), grad if ctx.needs_input_grad[2] else None, None
 
 
 def only_used_embeddings(trainer):
@@ -3116,7 +3129,7 @@ def used_embedding_rows(model, *splits):
     padding_idx = None if full.padding_idx is None else new_id[full.padding_idx].item()
     rows = torch.cat([full.weight[is_used], torch.ones_like(full.weight[:1])]).detach()
     small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
-    small.register_forward_pre_hook(lambda module, inputs: new_id[inputs[0]])
+    small.forward = lambda ids: torch.nn.Embedding.forward(small, new_id[ids])
     model.set_input_embeddings(small)
     try:
         yield
@@ -3173,9 +3186,8 @@ def copy_with_layers(source, model_class, layers, weights, dropout=None):
         if hasattr(config, key):
             setattr(config, key, len(layers))
     if getattr(config, "layer_types", None):  # ModernBERT: local and global attention
-        config.layer_types = [
-            config.layer_types[layer % len(config.layer_types)] for layer in layers
-        ]
+        types = config.layer_types
+        config.layer_types = [types[layer % len(types)] for layer in layers]
 
     # The saved config keeps the source's rates, for whoever trains the student further.
     source_rates = {}
@@ -3221,7 +3233,7 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
     def make_vectors():
         return contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn)
 
-    code = hash_of(contextual_vectors, fast_class, make_collate_fn)
+    code = hash_of(contextual_vectors, make_collate_fn)
     vocabulary = sorted(tokenizer.get_vocab().items())
     special_ids = sorted(tokenizer.all_special_ids), tokenizer("")["input_ids"]
     parts = teacher, n_layers, vocabulary, special_ids, code, iter_batches(rows, "key")
@@ -3231,11 +3243,7 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
 
 def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
     """Return the word vectors for `refit_word_vectors`, (vocabulary, hidden)."""
-    log(
-        "teacher",
-        f"its first {n_layers} layers read the training texts once more, for the student's word "
-        "vectors",
-    )
+    log("teacher", f"its first {n_layers} layers read train again, for the student's word vectors")
     lower_layers = copy_with_layers(teacher, type(teacher), range(n_layers), teacher.state_dict())
     lower_layers = lower_layers.base_model.eval()
     embeddings = lower_layers.embeddings
@@ -3469,9 +3477,7 @@ def take_fraction(rows, n_classes):
     """Return TRAIN_FRACTION of the rows, each label in proportion."""
     if TRAIN_FRACTION == 1:
         return rows
-    with as_problem(
-        f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another share, or 1"
-    ):
+    with as_problem(f"TRAIN_FRACTION = {TRAIN_FRACTION}: cannot be taken", "Choose another, or 1"):
         rows = rows.cast_column("labels", datasets.ClassLabel(n_classes))
         parts = rows.train_test_split(1 - TRAIN_FRACTION, seed=SEED, stratify_by_column="labels")
         return parts["train"].cast_column("labels", datasets.Value("int64"))
@@ -3492,9 +3498,7 @@ def read_unlabeled(n_classes=None):
 
     is_valid = np.array([all(map(is_text, texts)) for texts in iter_rows(rows, *text_columns())])
     if not is_valid.any():
-        raise Problem(
-            f"UNLABELED = {UNLABELED!r}: holds no text, only empty lines. Add some, or set None."
-        )
+        raise Problem(f"UNLABELED = {UNLABELED!r}: holds only empty lines. Add texts, or set None.")
     if not is_valid.all():
         n_empty = (~is_valid).sum()
         log("data", f"{UNLABELED}: {n_empty:,} of {len(rows):,} rows hold no text: left out")
@@ -3651,10 +3655,7 @@ def make_word_tokenizer(data):
     frequent = sorted(word for word, count in counts.items() if count > 1)
     vocabulary = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *frequent])
 
-    log(
-        "student",
-        f"its vocabulary: {len(vocabulary):,} words of {len(counts):,} in the training text",
-    )
+    log("student", f"its vocabulary: {len(vocabulary):,} words of {len(counts):,} in train")
     path = scratch_folder() / "vocab.txt"
     path.write_text("\n".join(vocabulary), "utf-8")
     return transformers.BertJapaneseTokenizer(
@@ -3953,9 +3954,8 @@ class MethodTrainer(CustomTrainer):
     def with_teacher_layers(self, rows):
         """Add the column teacher_layers, (layers, hidden) per text. It stays on disk, in CACHE."""
         keys = iter_batches(rows, "key")
-        code = hash_of(
-            forward_with_layers, type(self).pool, type(self).is_ordinary, make_collate_fn
-        )
+        method = type(self)
+        code = hash_of(forward_with_layers, method.pool, method.is_ordinary, make_collate_fn)
         parts = self.teacher, self.special_ids.tolist(), versions(), code, keys
         path = Path(CACHE, f"layers-{digest(*parts)}.arrow")
         if load_with_checksum(f"{path}.sum") != file_digest(path):
@@ -4180,10 +4180,7 @@ def make_generator(trainer):
 
 def warm_start(generator, trainer):
     """Train a generator to fill in masked words; return its weights."""
-    log(
-        "generator",
-        "no GENERATOR is set: one is made of the teacher's embeddings and lowest layers",
-    )
+    log("generator", "no GENERATOR is set: made of the teacher's embeddings and lowest layers")
     weights = generator.train().parameters()
     optimizer = torch.optim.AdamW(weights, WARM_START_LEARNING_RATE, fused=True)
     for _ in progress_bar(range(WARM_START_STEPS), desc="generator"):
@@ -4976,14 +4973,9 @@ def recording(model, names, hooks):
     removes the hooks from the modules.
     """
     modules = dict(model.named_modules())
-    is_fast = isinstance(model, FastClassifier)  # with the arguments of the stock forward
-    forward = super(FastClassifier, model).forward if is_fast else model.forward
-    parameters = inspect.signature(forward).parameters
+    parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     takes_any = takes_any and not isinstance(model, transformers.PreTrainedModel)
-    options = {}
-    if names & modules.keys() and is_fast:
-        options["output_hidden_states"] = True  # only the stock forward runs every module
     outputs = {}
 
     def record(name, output):
@@ -4994,7 +4986,7 @@ def recording(model, names, hooks):
 
     def call(batch):
         outputs.clear()
-        arguments = dict(options)
+        arguments = {}
         for name, value in model_inputs(batch).items():
             if name in parameters or (takes_any and name != "length"):
                 arguments[name] = value
@@ -5288,8 +5280,8 @@ CACHE_MARK = """Signature: 8a477f597d28d172789f06886806bc55
 def folder_faults(names, locks):
     """Return what is wrong with the folders to write to, a list. They, or their parents, are made.
 
-    names: the settings that name them. locks: an ExitStack; until it ends, no
-    other run can use these folders. The locks of a process that dies are released.
+    names: the settings that name them. locks: an ExitStack; until it ends, no other run can use
+    these folders. The locks of a process that dies are released.
     """
     faults = []
     for name in names:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -47,12 +48,18 @@ def batch(n, length, padding="some", seed=0):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
 
 
-def compare(stock, ours, inputs, logits, gradients):
+def compare(stock, ours, inputs, logits, gradients, is_fast=True):
     """Logits and gradients agree within these relative errors.
 
-    (Of 1 % of the largest gradient, where all is less.)
+    (Of 1 % of the largest gradient, where all is less.) is_fast: whether the fast layer is to run.
     """
+    layer, calls = last_layer(ours), []
+    layer.forward = lambda *given, **more: (
+        calls.append(1) or type(layer).forward(layer, *given, **more)
+    )
     results = [model(**inputs).logits for model in (stock, ours)]
+    del layer.forward
+    assert is_fast == (not calls)
     assert relative_error(results[1], results[0]) < logits
     weight = torch.linspace(-1, 2, results[0].numel(), dtype=results[0].dtype).view_as(results[0])
     for result in results:
@@ -64,6 +71,17 @@ def compare(stock, ours, inputs, logits, gradients):
             assert one.grad.abs().max() < floor  # in truth 0: softmax does not see it
         elif one.grad is not None or other.grad is not None:  # not: what nobody reads
             assert relative_error(other.grad, one.grad, floor) < gradients, name
+
+
+def last_layer(model):
+    body = model.base_model
+    return (body.encoder if hasattr(body, "encoder") else body.transformer).layer[-1]
+
+
+def is_fast_for(variant, layers):
+    """Whether the fast layer runs for this of VARIANTS."""
+    family, changes = VARIANTS[variant]
+    return family != "deberta-v2" or (layers == 1 and "relative_attention" in changes)
 
 
 # ── BertForSequenceClassification ──
@@ -199,8 +217,9 @@ def test_bert_for_sequence_classification_with_checkpointing():
     assert saving.is_gradient_checkpointing
     for model in plain, saving:
         model(**batch(3, 7)).logits.square().sum().backward()
-    for one, other in zip(plain.parameters(), saving.parameters()):
-        assert one.grad is other.grad is None or relative_error(other.grad, one.grad) < 1e-5
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters()):
+        if not name.endswith("key.bias"):  # whose gradient is noise
+            assert relative_error(other.grad, one.grad) < 1e-5
 
 
 def test_bert_for_sequence_classification_is_saved_as_stock_class():
@@ -306,14 +325,16 @@ def family_batch(stock, *shape):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fast_class_equals_stock_model_of_family(variant, shape, layers):
     stock, ours = family_pair(variant, layers)
-    compare(stock, ours, family_batch(stock, *shape), 1e-9, 1e-9)
+    inputs = family_batch(stock, *shape)
+    compare(stock, ours, inputs, 1e-9, 1e-9, is_fast_for(variant, layers))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fast_class_of_family_without_mask_or_with_inputs_embeds(variant):
     stock, ours = family_pair(variant, 1)
     inputs = family_batch(stock, 5, 9, "tails")
-    compare(stock, ours, {"input_ids": inputs["input_ids"]}, 1e-9, 1e-9)
+    only_ids = {"input_ids": inputs["input_ids"]}
+    compare(stock, ours, only_ids, 1e-9, 1e-9, is_fast_for(variant, 1))
     embeds = stock.get_input_embeddings()(inputs.pop("input_ids")).detach()
     stock.zero_grad(), ours.zero_grad()
     results = []
@@ -324,13 +345,14 @@ def test_fast_class_of_family_without_mask_or_with_inputs_embeds(variant):
     assert all(relative_error(mine, theirs) < 1e-9 for theirs, mine in zip(*results))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fast_class_of_family_gives_stock_loss_and_states(variant):
-    stock, ours = family_pair(variant, 2)
+def test_fast_class_of_family_gives_stock_loss_and_states(variant, layers):
+    stock, ours = family_pair(variant, layers)
     inputs = family_batch(stock, 3, 9, "tails")
     more = {"labels": torch.tensor([0, 1, 1]), "output_hidden_states": True}
     one, other = (model(**inputs, **more) for model in (stock, ours))
-    assert relative_error(other.loss, one.loss) < 1e-12 and len(other.hidden_states) == 3
+    assert relative_error(other.loss, one.loss) < 1e-12 and len(other.hidden_states) == layers + 1
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     expected = stock(ids, mask).logits
     assert relative_error(ours(ids, mask, None).logits, expected) < 1e-9
@@ -341,6 +363,8 @@ def test_fast_class_of_family_gives_stock_loss_and_states(variant):
     places = {"position_ids": torch.arange(9)[None] + 3}
     one, other = (model(ids, mask, **places).logits for model in (stock, ours))
     assert relative_error(other, one) < 1e-12
+    # transformers leaves hooks behind for the states
+    compare(stock, ours, inputs, 1e-9, 1e-9, is_fast_for(variant, layers))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -368,9 +392,9 @@ def test_fast_class_of_family_drops_in_stock_places(variant, monkeypatch):
                 module.p = rates.setdefault(name, 0.1 + len(rates) / 100)
         model.train()
     inputs = family_batch(stock, 5, 9, "tails")
-    compare(stock, ours, inputs, 1e-9, 1e-9)
+    compare(stock, ours, inputs, 1e-9, 1e-9, is_fast_for(variant, 1))
     half = len(seen) // 2
-    assert sorted(seen[:half]) == sorted(seen[half:]) and {*seen} >= {*rates.values()} - {0.1}
+    assert sorted(seen[:half]) == sorted(seen[half:]) and {*seen} == {*rates.values()}
 
 
 @pytest.mark.parametrize("family", distill.FAST_FAMILIES)
@@ -386,6 +410,104 @@ def test_fast_class_of_family_is_saved_as_stock_class(family):
     again = pickle.loads(pickle.dumps(ours))  # as between processes
     assert type(again) is type(ours)
     assert all(map(torch.equal, again.parameters(), ours.parameters()))
+
+
+EACH_CLASS = "bert", "roberta", "small electra", "distilbert", "deberta-v3"
+
+
+class Plus(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sin()
+
+
+@pytest.mark.parametrize("variant", EACH_CLASS)
+def test_fast_class_of_family_runs_hooks(variant):
+    """The hook of any module is called, and what it returns counts."""
+    stock, ours = family_pair(variant, 1)
+    inputs = family_batch(stock, 3, 9, "tails")
+    expected = stock(**inputs).logits
+    called = {False: set(), True: set()}
+    for is_ours, model in enumerate((stock, ours)):
+        for name, module in model.named_modules():
+
+            def listen(*given, name=name, is_ours=bool(is_ours)):
+                called[is_ours].add(name)
+
+            with module.register_forward_hook(listen):
+                assert relative_error(model(**inputs).logits, expected) < 1e-9
+    assert called[True] == called[False] >= {"", "classifier"}
+
+    def double(module, given, output):  # DeBERTa's layer returns a tuple
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    for model in stock, ours:
+        last_layer(model).register_forward_hook(double)
+    assert relative_error(stock(**inputs).logits, expected) > 1e-3
+    compare(stock, ours, inputs, 1e-9, 1e-9, is_fast=False)
+
+
+@pytest.mark.parametrize("variant", EACH_CLASS)
+def test_fast_class_of_family_runs_modules_of_others(variant):
+    """As an adapter puts one in the place of a projection."""
+    stock, ours = family_pair(variant, 1)
+    inputs = family_batch(stock, 3, 9, "tails")
+    expected = stock(**inputs).logits
+    for model in stock, ours:
+        attention = last_layer(model).attention
+        attention = getattr(attention, "self", attention)
+        name = next(name for name in ("value", "v_lin", "value_proj") if hasattr(attention, name))
+        getattr(attention, name).__class__ = Plus
+    assert relative_error(stock(**inputs).logits, expected) > 1e-3
+    compare(stock, ours, inputs, 1e-9, 1e-9, is_fast=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("variant", EACH_CLASS)
+def test_fast_class_of_family_can_be_traced(variant):
+    """The graph of a batch without padding holds for one with padding."""
+    _, ours = family_pair(variant, 1)
+    batches = [family_batch(ours, 5, 9, padding) for padding in ("none", "tails")]
+    names = [*batches[0]]
+
+    class Graph(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = ours
+
+        def forward(self, *tensors):
+            return self.model(**dict(zip(names, tensors))).logits
+
+    traced = torch.jit.trace(Graph(), tuple(batches[0].values()))
+    for inputs in batches:
+        assert relative_error(traced(*inputs.values()), ours(**inputs).logits) < 1e-9
+
+
+@pytest.mark.parametrize("variant", EACH_CLASS)
+def test_fast_class_of_family_has_stock_arguments(variant):
+    stock, ours = family_pair(variant, 1)
+    assert inspect.signature(ours.forward) == inspect.signature(stock.forward)
+    assert transformers.utils.find_labels(type(ours)) == ["labels"]
+
+
+def test_fast_classes_are_those_of_fast_families_only():
+    assert distill.BertForSequenceClassification is distill.fast_class(
+        transformers.BertForSequenceClassification
+    )
+    for name in "RobertaPreLayerNormForSequenceClassification", "NoForSequenceClassification", "No":
+        assert not hasattr(distill, name)
+
+
+@pytest.mark.parametrize("variant", EACH_CLASS)
+def test_fast_class_of_family_trains_with_frozen_embeddings_and_autocast(variant):
+    stock, ours = family_pair(variant, 1)
+    inputs = family_batch(stock, 3, 9, "tails")
+    for model in stock, ours:
+        model.float().get_input_embeddings().requires_grad_(False)
+    compare(stock, ours, inputs, 1e-5, 1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(stock, ours, inputs, 1e-2, 1e-1, is_fast=False)
+    ours.enable_input_require_grads()
+    ours(**inputs).logits.sum().backward()
 
 
 # ── FastDropout and ClsAttention ──
@@ -420,6 +542,7 @@ def test_fast_dropout_keeps_its_distribution(p, shape):
             < 5 * (expected * (1 - expected) / len(share)) ** 0.5
         )
     assert dropout.eval()(x) is x and not (distill.FastDropout(0.0)(x) == 0).any()
+    assert (distill.FastDropout(1.0)(x) == 0).all()
 
 
 def test_fast_dropout_replaces_every_dropout_of_the_model():
@@ -442,6 +565,14 @@ def test_cls_attention_gradient_by_finite_differences():
             lambda x, score, mask, keep: distill.ClsAttention.apply(x, score, mask, keep),
             (draw(2, 5, 4), draw(2, 3, 4), *given),
         )
+
+
+def test_cls_attention_refuses_second_derivatives():
+    """They would be wrong: its gradient takes the weights for constants."""
+    x, vectors = torch.randn(2, 5, 4), torch.randn(2, 3, 4, requires_grad=True)
+    total = distill.ClsAttention.apply(x, vectors, None, None)[1].sum()
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(total, vectors, create_graph=True)
 
 
 # ── used_embedding_rows ──

@@ -3,7 +3,7 @@
     python tests/tools/benchmark.py  # a random 12-layer teacher, the sample's texts
     python tests/tools/benchmark.py --teacher DIR --data DIR --json benchmark.json
     python tests/tools/benchmark.py --only train_step,inference  # some parts
-    python tests/tools/benchmark.py --only train_step,inference --family roberta
+    python tests/tools/benchmark.py --only train_step,inference --family roberta --lengths 512
 
 With --json, the parts that are left out stay as they were. Prints a table; FILE of --json is
 written anew after each part, so that a run that is stopped loses only one.
@@ -46,14 +46,14 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def medians(*functions, rounds=ROUNDS):
-    """Median seconds of each function.
+def medians(*functions, rounds=None):
+    """Median seconds of each function over this many rounds, by default ROUNDS.
 
     They take turns; of a turn's two calls the second counts, as in a run of many.
     """
     return [
         median(times)
-        for times in zip(*([(one(), seconds(one))[1] for one in functions] for _ in range(rounds)))
+        for times in zip(*([(one(), seconds(one))[1] for one in functions] for _ in range(rounds or ROUNDS)))
     ]
 
 
@@ -124,7 +124,7 @@ def batch(length, n=32):
 def train_step(family):
     """A step of the script's own loop: loss, gradients, clipping, AdamW.
 
-    Stock: stock class, whole vocabulary.
+    Stock: the stock class with its whole vocabulary; fast: with ROWS of it, as `train` has it.
     """
     stock, fast = one_layer(family)
     table = {"train": [], "val": []}
@@ -530,7 +530,12 @@ def main():
         choices=distill.FAST_FAMILIES,
         help="of the models of train_step and inference",
     )
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=LENGTHS, help="tokens per text in these two"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="three times as many: inference")
     given = parser.parse_args()
+    globals().update(LENGTHS=given.lengths, ROUNDS=given.rounds)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
