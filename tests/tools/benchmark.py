@@ -53,7 +53,9 @@ def medians(*functions, rounds=None):
     """
     return [
         median(times)
-        for times in zip(*([(one(), seconds(one))[1] for one in functions] for _ in range(rounds or ROUNDS)))
+        for times in zip(
+            *([(one(), seconds(one))[1] for one in functions] for _ in range(rounds or ROUNDS))
+        )
     ]
 
 
