@@ -965,7 +965,7 @@ def load_config(name, setting="TEACHER"):
         if setting.startswith("TEACHER"):
             check_architecture(config, what, setting)
         if config.model_type in COUNT_FROM_PADDING and config.pad_token_id is None:
-            raise ValueError("in its config.json, pad_token_id is null: positions begin after it")
+            raise ValueError("pad_token_id is null in its config.json, but positions count from it")
         if setting in ("TEACHER", "OUTPUT"):
             set_labels(config, checked_label_names(config, what))
         else:  # whatever its labels were, it is to choose one of the teacher's
@@ -1515,10 +1515,8 @@ def split_single_set(rows, names):
             "train, val and test."
         )
     n_tenth = (n_same_label / 10).round()
-    position = by_label.cumcount()
-    texts["split"] = np.select(
-        [position < n_tenth, position < 2 * n_tenth], ["val", "test"], "train"
-    )
+    place = by_label.cumcount()
+    texts["split"] = np.select([place < n_tenth, place < 2 * n_tenth], ["val", "test"], "train")
     split_of_row = table["text"].map(texts.set_index("text")["split"])
     log("data", f"{DATA} is one set: its texts are cut 80/10/10, each label in proportion")
     return select_splits(rows, split_of_row)
@@ -2582,9 +2580,8 @@ def training_run_id(trainer):
     # Computed numbers may differ in the last bit from one processor to another. Weights are those
     # of the first process in any case (DDP), and soft labels are nearly equal.
     check_same_in_all_processes(run_id)
-    check_same_in_all_processes(
-        {"data": training_data(trainer, without={"soft_labels", "teacher_logits"})}
-    )
+    computed = {"soft_labels", "teacher_logits"}
+    check_same_in_all_processes({"data": training_data(trainer, without=computed)})
 
     models = [*trainer.run_id_parts, *trainer.extra_state().values(), trainer.model]
     run_id["the data"] = on_main_process(lambda: digest(training_data(trainer)))
@@ -2825,9 +2822,10 @@ class FastClassifier:
                  with dropout Σ_j p_j is not 1
 
     The stock forward runs if a caller wants more than logits (the loss of labels, say), gives more
-    than tokens, their types and a mask, or has put hooks or other modules into the model. Where the
-    fast one runs, dropout draws other numbers, a text that is all masked has other logits, and, in
-    DeBERTa-v2, one of which [CLS] is masked other gradients.
+    than tokens, their types and a mask, or has changed the model: `needs_stock_forward`. Where the
+    fast one runs, dropout draws other numbers, and the biases of the keys have no gradient (it is
+    0). A text that is all masked may have other logits and, in DeBERTa-v2, one of which [CLS] is
+    masked other gradients.
     """
 
     def __init__(self, config):
@@ -2840,6 +2838,7 @@ class FastClassifier:
         """Take the arguments of the stock forward; logits: (batch, classes)."""
         more = {name: value for name, value in more.items() if value is not None}
         token_type_ids, inputs_embeds = more.get("token_type_ids"), more.get("inputs_embeds")
+        _, *modules = self.modules()
         needs_stock_forward = (
             rest
             or more.keys() - {"token_type_ids", "inputs_embeds"}
@@ -2848,9 +2847,11 @@ class FastClassifier:
             or self.config.output_hidden_states
             or self.config.output_attentions
             or not self.config.return_dict
+            or self.config._attn_implementation not in ("eager", "sdpa")
             or torch.is_autocast_enabled("cpu")
             or not self.has_fast_layer()
-            or not all(map(is_stock, self.base_model.modules()))
+            or not all(map(is_stock, modules))
+            or len({module.training for module in modules}) > 1
         )
         if needs_stock_forward:
             return super().forward(input_ids, attention_mask, *rest, **more)
@@ -2886,20 +2887,21 @@ class FastClassifier:
 
 
 def is_stock(module):
-    """Whether a module is one of torch, transformers or ours, without hooks of others."""
-    origins = "torch.nn.modules.", "transformers."
-    is_known = type(module).__module__.startswith(origins) or type(module) is FastDropout
+    """Whether a module is one of torch, transformers or ours, and nobody hooked into it."""
+    origins = "torch.nn.modules.", "transformers.models.", "transformers.activations"
+    kind = type(module)
+    is_known = kind in (FastDropout, UsedRows) or kind.__module__.startswith(origins)
     hooks = module._forward_hooks, module._forward_pre_hooks
     hooks += module._backward_hooks, module._backward_pre_hooks
     if any(hooks):  # those that transformers leaves behind for output_hidden_states do nothing
-        names = [getattr(hook, "__module__", "") for kind in hooks for hook in kind.values()]
+        names = [getattr(hook, "__module__", "") for some in hooks for hook in some.values()]
         is_known &= all(name.startswith("transformers.utils.") for name in names)
-    return is_known
+    return is_known and "forward" not in vars(module)
 
 
 def is_traced():
     """Whether a graph is made, which must also hold for other inputs than these."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def cls_layer(layer, x, mask):
@@ -3085,7 +3087,7 @@ class ClsAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum, grad_mean):
         if torch.is_grad_enabled():
-            raise RuntimeError("distill.py: the fast [CLS] layer has no second derivatives")
+            raise RuntimeError("the fast [CLS] layer has no second derivatives: use a stock class")
         x, vectors, weights, p, keep = ctx.saved_tensors
         grad_p = torch.bmm(grad_mean, x.transpose(1, 2)) + grad_sum
         grad = weights * (grad_p if keep is None else grad_p * keep)
@@ -3098,10 +3100,13 @@ class ClsAttention(torch.autograd.Function):
 def only_used_embeddings(trainer):
     """Return `used_embedding_rows` for what a trainer trains on, if it needs no other rows."""
     model = trainer.model
-    is_ours = isinstance(model, (FastClassifier, *OWN_CLASSES.values()))
-    if not is_ours or trainer.needs_all_embeddings:  # others may use their embeddings elsewhere
-        return contextlib.nullcontext()
-    return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
+    # models of others may use their embeddings elsewhere
+    if isinstance(model, (FastClassifier, *OWN_CLASSES.values())):
+        embedding = model.get_input_embeddings()
+        is_plain = is_stock(embedding) and embedding.weight.requires_grad
+        if is_plain and not trainer.needs_all_embeddings:
+            return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -3128,8 +3133,8 @@ def used_embedding_rows(model, *splits):
     new_id = (is_used.cumsum(0) - 1).clamp(0)  # masked positions may hold any id
     padding_idx = None if full.padding_idx is None else new_id[full.padding_idx].item()
     rows = torch.cat([full.weight[is_used], torch.ones_like(full.weight[:1])]).detach()
-    small = torch.nn.Embedding(*rows.shape, padding_idx, _weight=rows)
-    small.forward = lambda ids: torch.nn.Embedding.forward(small, new_id[ids])
+    small = UsedRows(*rows.shape, padding_idx, _weight=rows).train(full.training)
+    small.new_id = new_id
     model.set_input_embeddings(small)
     try:
         yield
@@ -3137,7 +3142,14 @@ def used_embedding_rows(model, *splits):
         with torch.no_grad():
             full.weight *= small.weight[-1]
             full.weight[is_used] = small.weight[:-1]
-        model.set_input_embeddings(full)
+        model.set_input_embeddings(full.train(small.training))
+
+
+class UsedRows(torch.nn.Embedding):
+    """An embedding with some of the rows of another, for the ids of that: row new_id[id]."""
+
+    def forward(self, ids):
+        return super().forward(self.new_id[ids])
 
 
 def clip_gradients(model, max_norm):
@@ -4256,9 +4268,7 @@ def evaluate_baseline(baseline, test):
     predictions, history = baseline["predictions"], baseline["history"]
     student, alone = is_right(test, "student"), is_right(predictions["test"], "student")
     figures = {
-        "splits": {
-            split: compute_metrics(outputs, "student") for split, outputs in predictions.items()
-        },
+        "splits": {name: compute_metrics(part, "student") for name, part in predictions.items()},
         "epochs": len(history),
         "best_epoch": best_epoch_of(history)["epoch"],
         "gain": (student - alone).mean().item(),
@@ -5147,9 +5157,7 @@ def parse_value(name, argument):
     """Return a value from the command line: a Python literal, fractions allowed, or a text."""
     text = value = unmarked(argument)
     with contextlib.suppress(ValueError, SyntaxError, ArithmeticError):
-        decimals = re.sub(
-            r"\b(\d+)/(\d+)\b", lambda match: str(int(match[1]) / int(match[2])), text
-        )
+        decimals = re.sub(r"\b(\d+)/(\d+)\b", lambda pair: str(int(pair[1]) / int(pair[2])), text)
         value = ast.literal_eval(decimals)
     words = ACCEPTED[name]
     if is_accepted(text, words) and not is_accepted(value, words):  # a folder by the name of 2024

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -53,13 +54,9 @@ def compare(stock, ours, inputs, logits, gradients, is_fast=True):
 
     (Of 1 % of the largest gradient, where all is less.) is_fast: whether the fast layer is to run.
     """
-    layer, calls = last_layer(ours), []
-    layer.forward = lambda *given, **more: (
-        calls.append(1) or type(layer).forward(layer, *given, **more)
-    )
-    results = [model(**inputs).logits for model in (stock, ours)]
-    del layer.forward
-    assert is_fast == (not calls)
+    with counted_calls("cls_context") as calls:
+        results = [model(**inputs).logits for model in (stock, ours)]
+    assert len(calls) == is_fast
     assert relative_error(results[1], results[0]) < logits
     weight = torch.linspace(-1, 2, results[0].numel(), dtype=results[0].dtype).view_as(results[0])
     for result in results:
@@ -71,6 +68,15 @@ def compare(stock, ours, inputs, logits, gradients, is_fast=True):
             assert one.grad.abs().max() < floor  # in truth 0: softmax does not see it
         elif one.grad is not None or other.grad is not None:  # not: what nobody reads
             assert relative_error(other.grad, one.grad, floor) < gradients, name
+
+
+@contextlib.contextmanager
+def counted_calls(name):
+    """A list with an item for each call of this function of distill.py in the block."""
+    function, calls = getattr(distill, name), []
+    setattr(distill, name, lambda *given: calls.append(name) or function(*given))
+    yield calls
+    setattr(distill, name, function)
 
 
 def last_layer(model):
@@ -218,7 +224,7 @@ def test_bert_for_sequence_classification_with_checkpointing():
     for model in plain, saving:
         model(**batch(3, 7)).logits.square().sum().backward()
     for (name, one), other in zip(plain.named_parameters(), saving.parameters()):
-        if not name.endswith("key.bias"):  # whose gradient is noise
+        if not name.endswith("key.bias"):  # whose gradient in the stock class is noise
             assert relative_error(other.grad, one.grad) < 1e-5
 
 
@@ -415,27 +421,25 @@ def test_fast_class_of_family_is_saved_as_stock_class(family):
 EACH_CLASS = "bert", "roberta", "small electra", "distilbert", "deberta-v3"
 
 
-class Plus(torch.nn.Linear):
-    def forward(self, x):
-        return super().forward(x) + x.sin()
-
-
 @pytest.mark.parametrize("variant", EACH_CLASS)
 def test_fast_class_of_family_runs_hooks(variant):
-    """The hook of any module is called, and what it returns counts."""
+    """The hook of any module is called as in the stock class, and its answer counts."""
     stock, ours = family_pair(variant, 1)
     inputs = family_batch(stock, 3, 9, "tails")
     expected = stock(**inputs).logits
-    called = {False: set(), True: set()}
-    for is_ours, model in enumerate((stock, ours)):
+
+    def shapes(model):
+        found = {}
         for name, module in model.named_modules():
 
-            def listen(*given, name=name, is_ours=bool(is_ours)):
-                called[is_ours].add(name)
+            def listen(module, given, output, name=name):
+                found[name] = [value.shape for value in given if torch.is_tensor(value)]
 
             with module.register_forward_hook(listen):
                 assert relative_error(model(**inputs).logits, expected) < 1e-9
-    assert called[True] == called[False] >= {"", "classifier"}
+        return found
+
+    assert shapes(ours) == shapes(stock) and {"", "classifier"} <= shapes(ours).keys()
 
     def double(module, given, output):  # DeBERTa's layer returns a tuple
         return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
@@ -446,19 +450,75 @@ def test_fast_class_of_family_runs_hooks(variant):
     compare(stock, ours, inputs, 1e-9, 1e-9, is_fast=False)
 
 
+class Plus(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x.sin()
+
+
+class MeanHead(torch.nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x.mean(1) if x.dim() == 3 else x)
+
+
+def put_in_projection(model):
+    attention = last_layer(model).attention
+    attention = getattr(attention, "self", attention)
+    name = next(name for name in ("value", "v_lin", "value_proj") if hasattr(attention, name))
+    getattr(attention, name).__class__ = Plus
+
+
+def put_in_head(model):
+    torch.manual_seed(0)
+    model.classifier = MeanHead(torch.nn.Linear(32, 2)).double().eval()
+
+
+def put_in_forward(model):
+    layer = last_layer(model)
+    forward = layer.forward
+
+    def changed(*given, **more):
+        result = forward(*given, **more)
+        return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+    layer.forward = changed
+
+
+def put_in_dropout(model):
+    """Dropout alone is on; its rate is 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+
+
+CHANGES = put_in_projection, put_in_head, put_in_forward, put_in_dropout
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("variant", EACH_CLASS)
-def test_fast_class_of_family_runs_modules_of_others(variant):
-    """As an adapter puts one in the place of a projection."""
+def test_fast_class_of_family_runs_what_others_put_in(variant, change):
     stock, ours = family_pair(variant, 1)
     inputs = family_batch(stock, 3, 9, "tails")
-    expected = stock(**inputs).logits
-    for model in stock, ours:
-        attention = last_layer(model).attention
-        attention = getattr(attention, "self", attention)
-        name = next(name for name in ("value", "v_lin", "value_proj") if hasattr(attention, name))
-        getattr(attention, name).__class__ = Plus
-    assert relative_error(stock(**inputs).logits, expected) > 1e-3
+    before = stock(**inputs).logits
+    change(stock), change(ours)
+    if change is not put_in_dropout:
+        assert relative_error(stock(**inputs).logits, before) > 1e-3
     compare(stock, ours, inputs, 1e-9, 1e-9, is_fast=False)
+
+
+def test_fast_class_runs_attention_function_of_others():
+    def attention(module, query, key, value, *given, **more):
+        return value.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("values alone", attention)
+    models = family_pair("bert", 1)
+    for model in models:
+        model.set_attn_implementation("values alone")
+    inputs = batch(3, 5, "none")
+    assert relative_error(*(model(**inputs).logits for model in models)) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -506,8 +566,9 @@ def test_fast_class_of_family_trains_with_frozen_embeddings_and_autocast(variant
     compare(stock, ours, inputs, 1e-5, 1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         compare(stock, ours, inputs, 1e-2, 1e-1, is_fast=False)
-    ours.enable_input_require_grads()
-    ours(**inputs).logits.sum().backward()
+    for model in stock, ours:
+        model.enable_input_require_grads()
+    compare(stock, ours, inputs, 1e-5, 1e-3, is_fast=False)
 
 
 # ── FastDropout and ClsAttention ──
@@ -642,6 +703,39 @@ def test_used_embedding_rows_take_any_id_at_masked_positions():
     expected = model(ids, mask).logits
     with distill.used_embedding_rows(model, dataset([[9, 8, 7], [9, 5]])):
         assert torch.equal(model(ids, mask).logits, expected)
+
+
+def test_used_embedding_rows_can_be_copied():
+    model = tiny_model().eval()
+    ids = torch.tensor([[2, 190, 77, 3]])
+    with distill.used_embedding_rows(model, dataset([[2, 190, 77, 3]])):
+        expected = model(ids).logits
+        again = copy.deepcopy(model)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.zero_()
+        assert torch.equal(again(ids).logits, expected)
+        model.train()
+    assert model.get_input_embeddings().training
+
+
+@pytest.mark.parametrize("change", ["frozen", "hooked", "of another class"])
+def test_only_used_embeddings_leaves_changed_embeddings_alone(change):
+    _, model = family_pair("bert", 1)
+    ids = dataset([[2, 190, 77, 3]])
+    trainer = SimpleNamespace(
+        model=model, needs_all_embeddings=False, train_dataset=ids, eval_dataset=ids
+    )
+    embedding = model.get_input_embeddings()
+    with distill.only_used_embeddings(trainer):
+        assert model.get_input_embeddings() is not embedding
+    if change == "frozen":
+        embedding.requires_grad_(False)
+    elif change == "hooked":
+        embedding.register_forward_hook(lambda *given: None)
+    else:
+        embedding.__class__ = type("Mine", (torch.nn.Embedding,), {})
+    with distill.only_used_embeddings(trainer):
+        assert model.get_input_embeddings() is embedding
 
 
 def test_used_embedding_rows_leave_the_run_unchanged(teacher, data, run, monkeypatch):
