@@ -3,13 +3,14 @@
     python tests/tools/benchmark.py  # a random 12-layer teacher, the sample's texts
     python tests/tools/benchmark.py --teacher DIR --data DIR --json benchmark.json
     python tests/tools/benchmark.py --only train_step,inference  # some parts
-    python tests/tools/benchmark.py --only train_step,inference --family roberta --lengths 512
+    python tests/tools/benchmark.py --only train_step,inference --family bert roberta --lengths 512
 
 With --json, the parts that are left out stay as they were. Prints a table; FILE of --json is
 written anew after each part, so that a run that is stopped loses only one.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -123,50 +124,55 @@ def batch(length, n=32):
     }
 
 
-def train_step(family):
+def train_step(families):
     """A step of the script's own loop: loss, gradients, clipping, AdamW.
 
     Stock: the stock class with its whole vocabulary; fast: with ROWS of it, as `train` has it.
     """
-    stock, fast = one_layer(family)
     table = {"train": [], "val": []}
-    with distill.used_embedding_rows(
-        fast, datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})
-    ):
-        trainers = [
-            distill.make_trainer(
-                model.train(),
-                table,
-                distill.collate,
-                distill.CustomTrainer,
-                epochs=1,
-                learning_rate=1e-5,
-                patience=1,
-            )
-            for model in (stock, fast)
-        ]
-        for trainer in trainers:
-            trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
-
-        def steps(inputs):
-            return [lambda trainer=trainer: training_step(trainer, inputs) for trainer in trainers]
-
-        return {str(length): twice(medians(*steps(batch(length)))) for length in LENGTHS}
+    used = datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})
+    trainers = []
+    with contextlib.ExitStack() as stack:
+        for family in families:
+            stock, fast = one_layer(family)
+            stack.enter_context(distill.used_embedding_rows(fast, used))
+            for model in stock, fast:
+                trainer = distill.make_trainer(
+                    model.train(),
+                    table,
+                    distill.collate,
+                    distill.CustomTrainer,
+                    epochs=1,
+                    learning_rate=1e-5,
+                    patience=1,
+                )
+                trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+                trainers.append(trainer)
+        return family_ratios(families, trainers, training_step, ROUNDS)
 
 
-def inference(family):
-    models = [model.eval() for model in one_layer(family)]
-
+def inference(families):
     @torch.inference_mode()
     def run(model, inputs):
         model(inputs["input_ids"], inputs["attention_mask"])
 
-    def runs(inputs):
-        return [lambda model=model: run(model, inputs) for model in models]
+    models = [model.eval() for family in families for model in one_layer(family)]
+    return family_ratios(families, models, run, 3 * ROUNDS)
 
-    return {
-        str(length): twice(medians(*runs(batch(length)), rounds=3 * ROUNDS)) for length in LENGTHS
-    }
+
+def family_ratios(families, runners, run, rounds):
+    """{family: {length: seconds of the stock class over those of ours}}; all take turns.
+
+    runners: of each family that of the stock class, then ours.
+    """
+    ratios = {family: {} for family in families}
+    for length in LENGTHS:
+        inputs = batch(length)
+        turns = [lambda runner=runner: run(runner, inputs) for runner in runners]
+        times = medians(*turns, rounds=rounds)
+        for number, family in enumerate(families):
+            ratios[family][str(length)] = times[2 * number] / times[2 * number + 1]
+    return ratios
 
 
 # ── A teacher and its data ──
@@ -528,7 +534,8 @@ def main():
     )
     parser.add_argument(
         "--family",
-        default="bert",
+        nargs="+",
+        default=["bert"],
         choices=distill.FAST_FAMILIES,
         help="of the models of train_step and inference",
     )
@@ -580,10 +587,9 @@ def table(results):
 
     lines = [line("", "ratio"), line("---", "---")]
     for name, what in ("train_step", "training step"), ("inference", "inference"):
-        lines += [
-            line(f"{what}, {length} tokens", ratio(value))
-            for length, value in results.get(name, {}).items()
-        ]
+        for family, ratios in results.get(name, {}).items():
+            for length, value in ratios.items():
+                lines.append(line(f"{family}, {what}, {length} tokens", ratio(value)))
     for name, what in (
         ("student_vs_teacher", "student over its teacher, stock"),
         ("student_vs_fast_teacher", "student over its teacher, fast"),
