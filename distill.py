@@ -60,6 +60,8 @@ SOURCE = Path(__file__).read_text("utf-8")
 
 if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse message)
     sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
+if sys.flags.optimize > 1:
+    sys.exit("distill.py: transformers needs docstrings: run without -OO and PYTHONOPTIMIZE=2")
 
 try:
     import datasets
@@ -4567,9 +4569,8 @@ def export_onnx(graph, options, folder):
     settings.intra_op_num_threads = torch.get_num_threads()
 
     def load(name):
-        session = onnxruntime.InferenceSession(
-            f"{folder}/{name}", settings, providers=["CPUExecutionProvider"]
-        )
+        path, providers = f"{folder}/{name}", ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, settings, providers=providers)
 
         def run_session(inputs):
             arrays = {key: tensor.numpy() for key, tensor in inputs.items()}
@@ -4849,9 +4850,8 @@ def distill(teacher, student, data, losses=({},), collate_fn=None):
     with contextlib.ExitStack() as stack:
         refuse_faults(folder_faults(["CACHE"], stack))
         collate_fn = collate_fn or pad_columns
-        trainer = make_trainer(
-            student, splits, collate_fn, CustomLossTrainer, learning_rate=LEARNING_RATE
-        )
+        training = {"learning_rate": LEARNING_RATE}
+        trainer = make_trainer(student, splits, collate_fn, CustomLossTrainer, **training)
         trainer.run_id_parts = [run_id]
         trainer.terms = terms
         trainer.call_teacher = recording(teacher, {term["teacher"] for term in terms}, stack)

@@ -221,6 +221,13 @@ def test_run_names_python_version_that_is_too_old():
     assert done.returncode == 1 and "needs Python 3.11 or newer; this is" in done.stderr
 
 
+def test_run_refuses_python_without_docstrings():
+    done = subprocess.run(
+        [sys.executable, "-OO", str(ROOT / "distill.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("distill.py: transformers needs")
+
+
 # ── Scale ──
 
 
