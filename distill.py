@@ -61,7 +61,7 @@ SOURCE = Path(__file__).read_text("utf-8")
 if sys.version_info < (3, 11):  # noqa: UP036 (it would fail later, with a worse message)
     sys.exit(f"distill.py: needs Python 3.11 or newer; this is {platform.python_version()}")
 if sys.flags.optimize > 1:
-    sys.exit("distill.py: transformers needs docstrings: run without -OO and PYTHONOPTIMIZE=2")
+    sys.exit("distill.py: transformers needs docstrings: run without -OO or PYTHONOPTIMIZE=2")
 
 try:
     import datasets
@@ -103,7 +103,7 @@ STUDENT = "bert"  # or "bilstm", an LSTM with its own vocabulary
 NUM_LAYERS = 1  # encoder layers ("bert" only); everything else is as in the model it starts from
 STUDENT_INIT = "teacher"  # initial weights: "teacher", "random", or a pretrained model
 INIT_LAYERS = "middle"  # layers to copy: "first", "middle", "last", "spread" or e.g. (5,)
-REFIT_WORDS = 2  # teacher layers that word vectors are fitted to (BERT, RoBERTa, ELECTRA); 0: none
+REFIT_WORDS = 2  # how many teacher layers word vectors are fitted to (BERT, RoBERTa, ELECTRA)
 DROPOUT = None  # in training ("bert" only); None: as in the model that it starts from
 WORD_DROPOUT = 0.0  # share of tokens hidden in training ("bert"): lowers the loss on few texts
 # Loss
@@ -586,7 +586,7 @@ def log_processes():
         texts = f"the teacher's texts and each batch of {BATCH_SIZE}"
         note(f"{world_size()} processes share {texts}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        note("accelerate starts one process on a CPU without --mpirun_hostfile, torchrun several")
+        note("on a CPU, accelerate starts one process unless given --mpirun_hostfile; use torchrun")
 
 
 def log_student(student, teacher):
@@ -1517,8 +1517,8 @@ def split_single_set(rows, names):
             "train, val and test."
         )
     n_tenth = (n_same_label / 10).round()
-    place = by_label.cumcount()
-    texts["split"] = np.select([place < n_tenth, place < 2 * n_tenth], ["val", "test"], "train")
+    number = by_label.cumcount()
+    texts["split"] = np.select([number < n_tenth, number < 2 * n_tenth], ["val", "test"], "train")
     split_of_row = table["text"].map(texts.set_index("text")["split"])
     log("data", f"{DATA} is one set: its texts are cut 80/10/10, each label in proportion")
     return select_splits(rows, split_of_row)
@@ -2824,17 +2824,19 @@ class FastClassifier:
                  with dropout Σ_j p_j is not 1
 
     The stock forward runs if a caller wants more than logits (the loss of labels, say), gives more
-    than tokens, their types and a mask, or has changed the model: `needs_stock_forward`. Where the
-    fast one runs, dropout draws other numbers, and the biases of the keys have no gradient (it is
-    0). A text that is all masked may have other logits and, in DeBERTa-v2, one of which [CLS] is
-    masked other gradients.
+    than tokens, their types and a mask, or has changed the model (see `needs_stock_forward`). Where
+    the fast one runs, dropout draws other numbers, and the key biases of all but DeBERTa-v2 have no
+    gradient (it is 0). Logits may differ for a text that is all masked, and in DeBERTa-v2 gradients
+    for one whose [CLS] is masked.
     """
 
     def __init__(self, config):
         super().__init__(config)
-        for module in self.modules():
+        _, *modules = self.modules()
+        for module in modules:
             if type(module) is torch.nn.Dropout:
                 module.__class__ = FastDropout
+        self.module_classes = [type(module) for module in modules]
 
     def forward(self, input_ids=None, attention_mask=None, *rest, **more):
         """Take the arguments of the stock forward; logits: (batch, classes)."""
@@ -2852,7 +2854,8 @@ class FastClassifier:
             or self.config._attn_implementation not in ("eager", "sdpa")
             or torch.is_autocast_enabled("cpu")
             or not self.has_fast_layer()
-            or not all(map(is_stock, modules))
+            or len(modules) != len(self.module_classes)
+            or not all(map(is_unchanged, modules, self.module_classes))
             or len({module.training for module in modules}) > 1
         )
         if needs_stock_forward:
@@ -2888,21 +2891,19 @@ class FastClassifier:
         return self.classifier(x if pooler is None else self.dropout(pooler(x)))
 
 
-def is_stock(module):
-    """Whether a module is one of torch, transformers or ours, and nobody hooked into it."""
-    origins = "torch.nn.modules.", "transformers.models.", "transformers.activations"
-    kind = type(module)
-    is_known = kind in (FastDropout, UsedRows) or kind.__module__.startswith(origins)
+def is_unchanged(module, its_class):
+    """Whether a module is of this class, runs its forward, and nobody hooked into it."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     hooks += module._backward_hooks, module._backward_pre_hooks
+    is_free = "forward" not in vars(module)
     if any(hooks):  # those that transformers leaves behind for output_hidden_states do nothing
-        names = [getattr(hook, "__module__", "") for some in hooks for hook in some.values()]
-        is_known &= all(name.startswith("transformers.utils.") for name in names)
-    return is_known and "forward" not in vars(module)
+        names = [getattr(hook, "__module__", "") for kind in hooks for hook in kind.values()]
+        is_free &= all(name.startswith("transformers.utils.") for name in names)
+    return is_free and type(module) in (its_class, UsedRows)
 
 
 def is_traced():
-    """Whether a graph is made, which must also hold for other inputs than these."""
+    """Whether a graph is being recorded, which must hold for other inputs, too."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -2965,8 +2966,8 @@ def embed(embeddings, input_ids, token_type_ids, inputs_embeds):
 def position_vectors(embeddings, input_ids, token_type_ids, length):
     """Return the sum of position and type vectors, (length, hidden) or (batch, length, hidden).
 
-    RoBERTa numbers the tokens from its padding id + 1 on, and padding has the number of its id;
-    without input_ids, all count as tokens.
+    RoBERTa numbers tokens from its padding id + 1 on; padding itself has the padding id. Without
+    input_ids, all count as tokens.
     """
     padding_id = getattr(embeddings, "padding_idx", None)
     first = 0 if padding_id is None else padding_id + 1
@@ -3105,7 +3106,7 @@ def only_used_embeddings(trainer):
     # models of others may use their embeddings elsewhere
     if isinstance(model, (FastClassifier, *OWN_CLASSES.values())):
         embedding = model.get_input_embeddings()
-        is_plain = is_stock(embedding) and embedding.weight.requires_grad
+        is_plain = is_unchanged(embedding, torch.nn.Embedding) and embedding.weight.requires_grad
         if is_plain and not trainer.needs_all_embeddings:
             return used_embedding_rows(model, trainer.train_dataset, trainer.eval_dataset)
     return contextlib.nullcontext()
@@ -3131,7 +3132,6 @@ def used_embedding_rows(model, *splits):
         for part in ids_only.iter(ROWS_PER_PART):
             is_used[np.concatenate(part["input_ids"])] = True
 
-    # an embedding of these rows, which still takes the original token ids
     new_id = (is_used.cumsum(0) - 1).clamp(0)  # masked positions may hold any id
     padding_idx = None if full.padding_idx is None else new_id[full.padding_idx].item()
     rows = torch.cat([full.weight[is_used], torch.ones_like(full.weight[:1])]).detach()
@@ -3148,7 +3148,7 @@ def used_embedding_rows(model, *splits):
 
 
 class UsedRows(torch.nn.Embedding):
-    """An embedding with some of the rows of another, for the ids of that: row new_id[id]."""
+    """An embedding of some rows of another; it takes the other's ids (id i: row new_id[i])."""
 
     def forward(self, ids):
         return super().forward(self.new_id[ids])
@@ -3257,7 +3257,7 @@ def refit_word_vectors(student, teacher, tokenizer, rows, collate_fn):
 
 def contextual_vectors(teacher, n_layers, tokenizer, rows, collate_fn):
     """Return the word vectors for `refit_word_vectors`, (vocabulary, hidden)."""
-    log("teacher", f"its first {n_layers} layers read train again, for the student's word vectors")
+    log("teacher", f"its first {n_layers} layers reread the training texts, to refit word vectors")
     lower_layers = copy_with_layers(teacher, type(teacher), range(n_layers), teacher.state_dict())
     lower_layers = lower_layers.base_model.eval()
     embeddings = lower_layers.embeddings
@@ -3669,7 +3669,7 @@ def make_word_tokenizer(data):
     frequent = sorted(word for word, count in counts.items() if count > 1)
     vocabulary = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *frequent])
 
-    log("student", f"its vocabulary: {len(vocabulary):,} words of {len(counts):,} in train")
+    log("student", f"its vocabulary: {len(vocabulary):,} words of {len(counts):,} in the texts")
     path = scratch_folder() / "vocab.txt"
     path.write_text("\n".join(vocabulary), "utf-8")
     return transformers.BertJapaneseTokenizer(

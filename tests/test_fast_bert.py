@@ -471,6 +471,16 @@ def put_in_projection(model):
     getattr(attention, name).__class__ = Plus
 
 
+def put_in_pair(model):
+    """Of torch's own classes: as for a product of low rank."""
+    attention = last_layer(model).attention
+    attention = getattr(attention, "self", attention)
+    name = next(name for name in ("key", "k_lin", "key_proj") if hasattr(attention, name))
+    torch.manual_seed(0)
+    pair = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Linear(4, 32))
+    setattr(attention, name, pair.double().eval())
+
+
 def put_in_head(model):
     torch.manual_seed(0)
     model.classifier = MeanHead(torch.nn.Linear(32, 2)).double().eval()
@@ -494,7 +504,7 @@ def put_in_dropout(model):
             module.train()
 
 
-CHANGES = put_in_projection, put_in_head, put_in_forward, put_in_dropout
+CHANGES = put_in_projection, put_in_pair, put_in_head, put_in_forward, put_in_dropout
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -169,7 +169,7 @@ def test_refit_word_vectors_with_fast_tokenizer(rust):
 
 
 def test_refit_word_vectors_runs_once_and_where_it_can(teacher, data, run):
-    note = "read train again, for the student's word vectors"
+    note = "to refit word vectors"
     assert (
         "its first 2 layers" in (out := run()) and note in out and note not in run("--alpha", "0.9")
     )
