@@ -583,8 +583,7 @@ def timed_stage(name, stage_seconds):
 def log_processes():
     """Say how many processes there are, and that accelerate needs MPI to start several."""
     if world_size() > 1:
-        texts = f"the teacher's texts and each batch of {BATCH_SIZE}"
-        note(f"{world_size()} processes share {texts}")
+        note(f"{world_size()} processes share the teacher's texts and each batch of {BATCH_SIZE}")
     elif "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         note("on a CPU, accelerate starts one process unless given --mpirun_hostfile; use torchrun")
 
@@ -966,8 +965,9 @@ def load_config(name, setting="TEACHER"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if setting.startswith("TEACHER"):
             check_architecture(config, what, setting)
-        if config.model_type in COUNT_FROM_PADDING and config.pad_token_id is None:
-            raise ValueError("pad_token_id is null in its config.json, but positions count from it")
+        has_padding = config.pad_token_id in range(config.vocab_size)
+        if config.model_type in COUNT_FROM_PADDING and not has_padding:
+            raise ValueError(f"its config.json has pad_token_id {config.pad_token_id}, the id of no token")
         if setting in ("TEACHER", "OUTPUT"):
             set_labels(config, checked_label_names(config, what))
         else:  # whatever its labels were, it is to choose one of the teacher's

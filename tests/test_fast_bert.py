@@ -75,8 +75,10 @@ def counted_calls(name):
     """A list with an item for each call of this function of distill.py in the block."""
     function, calls = getattr(distill, name), []
     setattr(distill, name, lambda *given: calls.append(name) or function(*given))
-    yield calls
-    setattr(distill, name, function)
+    try:
+        yield calls
+    finally:
+        setattr(distill, name, function)
 
 
 def last_layer(model):

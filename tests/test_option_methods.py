@@ -683,11 +683,14 @@ def test_preflight_checks_refuse_word_dropout_for_a_decoder(data, fails):
     assert "WORD_DROPOUT = 0.2: a decoder, as 'bart' has" in fails("--word-dropout", "0.2")
 
 
+@pytest.mark.parametrize("padding_id", [None, -1, 10**6])
 @pytest.mark.parametrize("family", distill.COUNT_FROM_PADDING)
-def test_load_config_refuses_no_padding_id_where_positions_count_from_it(data, fails, family):
+def test_load_config_refuses_no_padding_id_where_positions_count_from_it(
+    data, fails, family, padding_id
+):
     path = save_family("finetuned_bert_japanese", family) / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
-    assert "pad_token_id is null" in fails()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": padding_id}))
+    assert f"has pad_token_id {padding_id}, the id of no token" in fails()
 
 
 def test_check_architecture_refuses_unknown_family(data, fails):

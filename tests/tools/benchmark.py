@@ -64,6 +64,20 @@ def twice(times):
     return times[0] / times[1]
 
 
+def make_trainer(model):
+    trainer = distill.make_trainer(
+        model.train(),
+        {"train": [], "val": []},
+        distill.collate,
+        distill.CustomTrainer,
+        epochs=1,
+        learning_rate=1e-5,
+        patience=1,
+    )
+    trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+    return trainer
+
+
 def training_step(trainer, inputs):
     """The step of the script's epoch loop."""
     loss = trainer.compute_loss(trainer.model, inputs)
@@ -129,25 +143,13 @@ def train_step(families):
 
     Stock: the stock class with its whole vocabulary; fast: with ROWS of it, as `train` has it.
     """
-    table = {"train": [], "val": []}
     used = datasets.Dataset.from_dict({"input_ids": [list(range(ROWS))]})
     trainers = []
     with contextlib.ExitStack() as stack:
         for family in families:
             stock, fast = one_layer(family)
             stack.enter_context(distill.used_embedding_rows(fast, used))
-            for model in stock, fast:
-                trainer = distill.make_trainer(
-                    model.train(),
-                    table,
-                    distill.collate,
-                    distill.CustomTrainer,
-                    epochs=1,
-                    learning_rate=1e-5,
-                    patience=1,
-                )
-                trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
-                trainers.append(trainer)
+            trainers += map(make_trainer, (stock, fast))
         return family_ratios(families, trainers, training_step, ROUNDS)
 
 
@@ -368,17 +370,8 @@ def whole_run(setup):
     )
     generator = random.Random(0)
     for name, padding in ("whole_run", "max_length"), ("whole_run_padded_to_longest", "longest"):
-        student = copy.deepcopy(setup.stock_student).train()
-        trainer = distill.make_trainer(
-            student,
-            {"train": [], "val": []},
-            distill.collate,
-            distill.CustomTrainer,
-            epochs=1,
-            learning_rate=1e-5,
-            patience=1,
-        )
-        trainer.create_optimizer_and_scheduler(num_training_steps=10_000)
+        student = copy.deepcopy(setup.stock_student)
+        trainer = make_trainer(student)
 
         def inputs():
             return setup.tokenizer(
