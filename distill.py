@@ -965,9 +965,9 @@ def load_config(name, setting="TEACHER"):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if setting.startswith("TEACHER"):
             check_architecture(config, what, setting)
-        has_padding = config.pad_token_id in range(config.vocab_size)
-        if config.model_type in COUNT_FROM_PADDING and not has_padding:
-            raise ValueError(f"its config.json has pad_token_id {config.pad_token_id}, the id of no token")
+        padding_id = config.pad_token_id
+        if config.model_type in COUNT_FROM_PADDING and padding_id not in range(config.vocab_size):
+            raise ValueError(f"its config.json has pad_token_id {padding_id}, the id of no token")
         if setting in ("TEACHER", "OUTPUT"):
             set_labels(config, checked_label_names(config, what))
         else:  # whatever its labels were, it is to choose one of the teacher's
